@@ -1,0 +1,298 @@
+"""LLMEngine: the request queue and the loop schedule -> run -> postprocess -> decode."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as ListLike
+from contextlib import contextmanager
+from operator import index
+from time import perf_counter
+from typing import Any
+
+from tqdm import tqdm
+
+from nanovllm.config import Config, as_token_ids, read_json
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
+
+logger = logging.getLogger("nanovllm")
+
+Prompt = str | ListLike[int]
+
+
+class LLMEngine:
+    """Generates text for many requests at a time. Use it from one thread at a time.
+
+    Args:
+        model: a local directory with config.json, safetensors and, for text prompts, a tokenizer;
+            or a Hub repo id.
+        **options: those of nanovllm.config.Config.
+
+    Raises:
+        TypeError, ValueError: an unknown option, or whatever Config and ModelRunner refuse.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        config = Config.from_options(model, options)
+        self.config = config
+        self.tokenizer = _load_tokenizer(config)
+        self.stop_ids = self._find_stop_ids()
+        self.model_runner: ModelRunner | None = ModelRunner(config)
+        self.scheduler = Scheduler(
+            config,
+            BlockManager(self.model_runner.num_blocks, config.kvcache_block_size),
+            self.stop_ids,
+        )
+        self._requests: dict[int, Sequence] = {}  # under way
+        self._finished: list[Sequence] = []  # not reported yet
+        self._is_consistent = True  # False while the queues and blocks are being changed
+
+    def __enter__(self) -> "LLMEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.exit()
+
+    def exit(self) -> None:
+        """Drop all requests and give the memory back. The engine cannot be used afterwards."""
+        self._requests.clear()
+        self._finished.clear()
+        if self.model_runner is not None:
+            self.model_runner.free()
+            self.model_runner = None
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+        """Queue a prompt, text or token ids, and return the request's id.
+
+        Raises:
+            TypeError, ValueError: what the prompt cannot be; nothing is queued then.
+            RuntimeError: the engine was shut down.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        seq = self._make_sequence(prompt, params)
+        self._enqueue(seq)
+        return seq.seq_id
+
+    def abort_request(self, seq_id: int) -> None:
+        """End a request in any state and free its blocks; an unknown id is ignored."""
+        self._abort([seq_id])
+
+    def is_finished(self) -> bool:
+        """True when no request is under way and every result has been given out."""
+        return not self._requests and not self._finished
+
+    def step(self) -> tuple[list[tuple[int, list[int]]], int]:
+        """Compute one step.
+
+        Returns:
+            (seq_id, completion token ids) of each request that has finished, and the number of
+            tokens computed: positive for a prefill, negative for a decode, 0 if there was nothing
+            to do.
+        """
+        num_tokens = self._step()
+        finished, self._finished = self._finished, []
+        return [(seq.seq_id, seq.completion_token_ids) for seq in finished], num_tokens
+
+    def generate(
+        self,
+        prompts: Prompt | ListLike[Prompt],
+        sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Complete prompts.
+
+        Args:
+            prompts: texts, lists of token ids, or one prompt of either kind.
+            sampling_params: one for all prompts, or one for each.
+            use_tqdm: show the prompts done and the prefill and decode speed.
+
+        Returns:
+            For each prompt, in order: "text", "token_ids" (the stop id included) and
+            "finish_reason" ("stop" or "length").
+
+        Raises:
+            TypeError, ValueError: a bad prompt, or lists of different lengths; nothing is queued.
+        """
+        prompts = _as_prompt_list(prompts)
+        params = _as_params_list(sampling_params, len(prompts))
+        seqs = [self._make_sequence(*pair) for pair in zip(prompts, params, strict=True)]
+        try:
+            for seq in seqs:
+                self._enqueue(seq)
+            self._run_until_finished(seqs, use_tqdm)
+        except BaseException:
+            self._abort([seq.seq_id for seq in seqs])
+            raise
+        return [self._result(seq) for seq in seqs]
+
+    def _run_until_finished(self, seqs: list[Sequence], use_tqdm: bool) -> None:
+        """Step until all of `seqs` are finished; what else finishes is left to be reported."""
+        own = {seq.seq_id for seq in seqs}
+        speeds = {"Prefill": "-", "Decode": "-"}
+        with tqdm(total=len(seqs), desc="Generating", disable=not use_tqdm) as progress:
+            while own:
+                started = perf_counter()
+                num_tokens = self._step()
+                if use_tqdm and num_tokens:
+                    speed = abs(num_tokens) / (perf_counter() - started)
+                    speeds["Prefill" if num_tokens > 0 else "Decode"] = f"{speed:.0f}tok/s"
+                    progress.set_postfix(speeds, refresh=False)
+                if self._finished:
+                    done = own.intersection(seq.seq_id for seq in self._finished)
+                    self._finished = [seq for seq in self._finished if seq.seq_id not in done]
+                    own -= done
+                    progress.update(len(done))
+
+    def _step(self) -> int:
+        """One turn of the loop; gives its tokens as `step` does, and adds to `_finished`."""
+        runner = self._runner()
+        if not self._is_consistent:
+            self._recover()
+        with self._changing():
+            batch = self.scheduler.schedule()
+            if batch is None:
+                return 0
+            for seq in self.scheduler.postprocess(batch, runner.run(batch)):
+                self._finished.append(self._requests.pop(seq.seq_id))
+        return batch.num_tokens if batch.is_prefill else -batch.num_tokens
+
+    def _abort(self, seq_ids: list[int]) -> None:
+        """Forget requests, whatever state they are in."""
+        seqs = [self._requests.pop(seq_id) for seq_id in seq_ids if seq_id in self._requests]
+        self._finished = [seq for seq in self._finished if seq.seq_id not in seq_ids]
+        if not self._is_consistent:
+            self._recover()
+        else:
+            with self._changing():
+                for seq in seqs:
+                    self.scheduler.abort(seq)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around every change of queues and blocks: an exception within makes `_recover` due."""
+        self._is_consistent = False
+        yield
+        self._is_consistent = True
+
+    def _recover(self) -> None:
+        """After a change that broke off halfway: start anew from the requests and their tokens."""
+        unfinished = []
+        for seq in list(self._requests.values()):
+            if seq.finish_reason is None:
+                unfinished.append(seq)
+            else:
+                self._finished.append(self._requests.pop(seq.seq_id))
+        self.scheduler.start_over(unfinished)
+        self._is_consistent = True
+
+    def _runner(self) -> ModelRunner:
+        if self.model_runner is None:
+            raise RuntimeError("this engine was shut down by exit(); make a new one")
+        return self.model_runner
+
+    def _make_sequence(self, prompt: Prompt, params: SamplingParams) -> Sequence:
+        """Check a prompt and its parameters, and make the request. Nothing is queued."""
+        self._runner()
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
+        token_ids = self._tokenize(prompt)
+        limit = self.config.max_model_len - 1
+        if not 1 <= len(token_ids) <= limit:
+            raise ValueError(
+                f"a prompt must have 1 to {limit} tokens (max_model_len - 1), got {len(token_ids)}"
+            )
+        vocab_size = self.config.model_config.vocab_size
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {vocab_size - 1}")
+        return Sequence(token_ids, params, self.config.max_model_len)
+
+    def _tokenize(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"{self.config.model_dir} has no tokenizer: prompts must be token ids, "
+                    f"got {prompt!r:.80}"
+                )
+            token_ids: list[int] = self.tokenizer.encode(prompt)
+            return token_ids
+        return _as_ids(prompt)
+
+    def _enqueue(self, seq: Sequence) -> None:
+        with self._changing():
+            self._requests[seq.seq_id] = seq
+            self.scheduler.add(seq)
+
+    def _result(self, seq: Sequence) -> dict[str, Any]:
+        token_ids = seq.completion_token_ids
+        text = ""
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return {"text": text, "token_ids": token_ids, "finish_reason": seq.finish_reason}
+
+    def _find_stop_ids(self) -> frozenset[int]:
+        """The option `eos`, else the union of what tokenizer and configuration files name."""
+        if self.config.eos != -1:
+            return frozenset([self.config.eos])
+        stop_ids = set(self.config.model_config.eos_token_ids)
+        generation_config = self.config.model_dir / "generation_config.json"
+        if generation_config.is_file():
+            stop_ids |= as_token_ids(read_json(generation_config).get("eos_token_id"))
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            stop_ids.add(self.tokenizer.eos_token_id)
+        return frozenset(stop_ids)
+
+
+def _load_tokenizer(config: Config) -> Any | None:
+    """The tokenizer in the model's directory, or None if it has none."""
+    names = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
+    if not any((config.model_dir / name).is_file() for name in names):
+        return None
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        return AutoTokenizer.from_pretrained(config.model_dir)
+    except Exception as error:  # whatever a broken file makes it raise
+        raise ValueError(f"{config.model_dir}: the tokenizer cannot be loaded: {error}") from error
+
+
+def _as_ids(prompt: ListLike[int]) -> list[int]:
+    """A list of token ids as plain ints (numpy's are taken too)."""
+    if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, dict)):
+        raise TypeError(f"a prompt must be a str or a list of token ids, got {prompt!r:.80}")
+    ids = []
+    for token in prompt:
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise TypeError(f"token ids must be ints, got {token!r:.80}")
+        ids.append(index(token))
+    return ids
+
+
+def _as_prompt_list(prompts: Prompt | ListLike[Prompt]) -> list[Prompt]:
+    """One prompt as a list of one; a list of prompts as it is."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, dict)):
+        raise TypeError(f"prompts must be texts or lists of token ids, got {prompts!r:.80}")
+    entries: list[Any] = list(prompts)
+    is_one_prompt = bool(entries) and all(hasattr(entry, "__index__") for entry in entries)
+    return [entries] if is_one_prompt else entries
+
+
+def _as_params_list(
+    params: SamplingParams | ListLike[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    """One SamplingParams for each prompt."""
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if not isinstance(params, Iterable):
+        raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {params!r}")
+    params = list(params)
+    if len(params) != num_prompts:
+        raise ValueError(f"{num_prompts} prompts, but {len(params)} sampling_params")
+    return params

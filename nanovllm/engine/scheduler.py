@@ -1,0 +1,196 @@
+"""Scheduler: which sequences run in the next step, and what becomes of them after it."""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nanovllm.config import Config
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+
+class ScheduledSequence(NamedTuple):
+    """One sequence's part in a step: its tokens start..end-1 are computed.
+
+    `samples` is False for a chunk of a prompt that does not reach the end of the sequence: its
+    logits are not needed.
+    """
+
+    seq: Sequence
+    start: int
+    end: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step: either prefill (new tokens of waiting sequences) or decode (one token each)."""
+
+    is_prefill: bool
+    items: list[ScheduledSequence]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.end - item.start for item in self.items)
+
+
+class Scheduler:
+    """Owns the queues of sequences and decides step by step what is computed.
+
+    `schedule` moves the sequences of a step forward as if it were done, leaving the tokens to be
+    sampled unread; `postprocess` fills in the ids. Between the two, the next step may already be
+    scheduled, so that the device need not wait for Python.
+
+    Invariants: a waiting sequence holds no blocks, except the first one in the middle of a chunked
+    prefill; a running sequence holds the blocks of all its computed tokens; at most
+    `max_num_seqs` sequences hold blocks.
+
+    Args:
+        config: max_num_seqs, max_num_batched_tokens.
+        block_manager: the KV pool; no smaller than what one sequence of max_model_len takes.
+        stop_ids: the token ids that end a sequence unless it ignores them.
+    """
+
+    def __init__(
+        self, config: Config, block_manager: BlockManager, stop_ids: frozenset[int]
+    ) -> None:
+        self.max_num_seqs = config.max_num_seqs
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.block_manager = block_manager
+        self.stop_ids = stop_ids
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.num_preemptions = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(seq)
+
+    def schedule(self, in_flight: bool = False) -> Batch | None:
+        """The next step, or None if there is nothing to compute.
+
+        Args:
+            in_flight: a step is scheduled whose ids have not been read. Then nothing is preempted,
+                since a preempted sequence needs all its ids for its new prefill: where a block is
+                missing the answer is None, and the caller reads that step first.
+        """
+        return self._schedule_prefill() or self._schedule_decode(in_flight)
+
+    def _schedule_prefill(self) -> Batch | None:
+        """Admit waiting sequences, first come first served, within the token and block budgets."""
+        items: list[ScheduledSequence] = []
+        budget = self.max_num_batched_tokens
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            # Room for every running sequence and this one to grow, so that no decode step soon
+            # undoes the admission. Alone it needs none: the pool holds any one sequence.
+            num_reserved = len(self.running) + 1 if self.running else 0
+            if not seq.block_table and not self.block_manager.allocate(seq, num_reserved):
+                break
+            start = seq.num_computed_tokens
+            end = min(len(seq), start + budget)
+            budget -= end - start
+            items.append(self._advance(seq, start, end))
+            # A step stores its K/V before it attends: its own later sequences may share them too.
+            self.block_manager.publish(seq, start, end)
+            if not items[-1].samples:
+                break
+            seq.status = SequenceStatus.RUNNING
+            self.running.append(self.waiting.popleft())
+        return Batch(is_prefill=True, items=items) if items else None
+
+    def _schedule_decode(self, in_flight: bool) -> Batch | None:
+        """One more token for every running sequence that has not reached its length limit."""
+        seqs = [seq for seq in self.running if not seq.is_at_length_limit]
+        num_missing = sum(map(self.block_manager.needs_block, seqs))
+        while num_missing > self.block_manager.num_free_blocks:
+            if in_flight:
+                return None
+            youngest = seqs.pop()
+            num_missing -= self.block_manager.needs_block(youngest)
+            self._preempt(youngest)
+        items = []
+        for seq in seqs:
+            if self.block_manager.needs_block(seq):
+                self.block_manager.append_block(seq)
+            items.append(self._advance(seq, len(seq) - 1, len(seq)))
+        return Batch(is_prefill=False, items=items) if items else None
+
+    def _advance(self, seq: Sequence, start: int, end: int) -> ScheduledSequence:
+        """Schedule tokens start..end-1, and a new one after them if they are the last."""
+        item = ScheduledSequence(seq, start, end, samples=end == len(seq))
+        seq.num_computed_tokens = end
+        seq.num_unread_tokens += item.samples
+        return item
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Put a running sequence back to the front of the queue; its K/V is computed anew later."""
+        self.running.remove(seq)
+        self.block_manager.deallocate(seq)
+        seq.status = SequenceStatus.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
+        """Record what a step sampled.
+
+        A sequence that ended meanwhile (a stop id seen one step late, or an abort) is passed over.
+
+        Args:
+            batch: the oldest step that was scheduled and not postprocessed.
+            token_ids: the sampled id of each of its items that samples, in order.
+
+        Returns:
+            The sequences that this step finished, in order.
+        """
+        finished = []
+        sampling = [item for item in batch.items if item.samples]
+        for item, token_id in zip(sampling, token_ids, strict=True):
+            seq = item.seq
+            if seq.is_finished:
+                continue
+            seq.append_token(token_id)
+            if not batch.is_prefill:  # a prefill's blocks were published when it was scheduled
+                self.block_manager.publish(seq, item.start, item.end)
+            if token_id in self.stop_ids and not seq.params.ignore_eos:
+                seq.finish_reason = "stop"
+            elif len(seq.token_ids) >= seq.max_num_tokens:
+                seq.finish_reason = "length"
+            if seq.finish_reason is not None:
+                finished.append(seq)
+        for seq in finished:
+            self._release(seq)
+        if finished:
+            self.running = [seq for seq in self.running if not seq.is_finished]
+        return finished
+
+    def abort(self, seq: Sequence) -> None:
+        """End a sequence in any state; a step in flight may still hold it and is not disturbed."""
+        if seq.is_finished:
+            return
+        (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
+        self._release(seq)
+
+    def start_over(self, seqs: list[Sequence]) -> None:
+        """Recover from a step that broke off anywhere: all blocks free and unknown, `seqs` waiting.
+
+        The sequences keep the tokens that are known; everything else is computed anew.
+        """
+        self.block_manager = BlockManager(
+            self.block_manager.num_blocks, self.block_manager.block_size
+        )
+        self.running = []
+        for seq in seqs:
+            seq.status = SequenceStatus.WAITING
+            seq.num_unread_tokens = seq.num_computed_tokens = 0
+            seq.block_table = []
+        self.waiting = deque(seqs)
+
+    def _release(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.FINISHED
+        seq.num_unread_tokens = 0
+        self.block_manager.deallocate(seq)

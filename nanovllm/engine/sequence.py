@@ -1,0 +1,80 @@
+"""Sequence: one request's tokens, how far they are computed, and the KV blocks that hold them."""
+
+from enum import Enum, auto
+from itertools import count
+
+from nanovllm.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    """WAITING (to be prefilled, or in the middle of it) -> RUNNING (decoding) -> FINISHED."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Sequence:
+    """One request on its way through the engine.
+
+    A token is *known* when its id is in `token_ids`, *unread* when the device has been told to
+    sample it but its id has not been read back, and *computed* when its K/V is stored or a
+    scheduled step will store it. The Scheduler moves the three counters, the BlockManager owns
+    `block_table` and `block_hashes`; nobody else writes to them.
+
+    Args:
+        token_ids: the prompt, at least one id.
+        params: how to sample and when to end.
+        max_total_tokens: prompt and completion together never exceed this.
+    """
+
+    _ids = count()
+
+    def __init__(self, token_ids: list[int], params: SamplingParams, max_total_tokens: int) -> None:
+        self.seq_id = next(Sequence._ids)
+        self.status = SequenceStatus.WAITING
+        self.params = params
+        self.token_ids = list(token_ids)
+        self.num_prompt_tokens = len(token_ids)
+        self.max_num_tokens = min(max_total_tokens, self.num_prompt_tokens + params.max_tokens)
+        self.num_unread_tokens = 0
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0  # of the prompt: found in the prefix cache, not computed
+        self.block_table: list[int] = []
+        self.block_hashes: list[int] = []  # chained hashes of the full blocks, as far as asked for
+        self.finish_reason: str | None = None  # "stop" | "length"
+
+    def __len__(self) -> int:
+        """Number of tokens, known and unread."""
+        return len(self.token_ids) + self.num_unread_tokens
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, {self.status.name}, {self.num_prompt_tokens} prompt + "
+            f"{self.num_completion_tokens} tokens, {self.num_computed_tokens} computed)"
+        )
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Number of generated tokens, known and unread."""
+        return len(self) - self.num_prompt_tokens
+
+    @property
+    def completion_token_ids(self) -> list[int]:
+        """The generated ids that are known."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_at_length_limit(self) -> bool:
+        """True once no further token may be sampled for this sequence."""
+        return len(self) >= self.max_num_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def append_token(self, token_id: int) -> None:
+        """Make the oldest unread token known."""
+        assert self.num_unread_tokens > 0, "no token of this sequence is being sampled"
+        self.num_unread_tokens -= 1
+        self.token_ids.append(token_id)

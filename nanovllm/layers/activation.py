@@ -1,0 +1,17 @@
+"""SiLU-gated activation of the MLP."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """SiLU(gate) * up, for gate and up side by side.
+
+    Args:
+        gate_up: [num_tokens, 2 * intermediate_size].
+
+    Returns:
+        [num_tokens, intermediate_size].
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

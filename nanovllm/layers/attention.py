@@ -1,0 +1,218 @@
+"""Causal attention over the paged KV cache, and the back ends that compute it."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovllm.kernels import launchable
+from nanovllm.utils.context import Context
+
+# Rows of a mask [rows, keys] made at a time when queries attend to keys of earlier steps.
+MASKED_QUERY_ROWS = 512
+
+
+def store_kvcache(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Write each token's K and V to its slot.
+
+    Args:
+        key, value: [num_tokens, num_kv_heads, head_dim].
+        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        slot_mapping: int32 [num_tokens], block * block_size + offset; -1 = nowhere.
+    """
+    if slot_mapping.numel() and slot_mapping.min() < 0:
+        stored = slot_mapping >= 0
+        key, value, slot_mapping = key[stored], value[stored], slot_mapping[stored]
+    slots = slot_mapping.long()
+    k_cache.flatten(0, 1).index_copy_(0, slots, key)
+    v_cache.flatten(0, 1).index_copy_(0, slots, value)
+
+
+class AttentionInputs(NamedTuple):
+    """What a back end is given. With `context.block_tables`, keys come from the cache alone.
+
+    query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim];
+    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], this step's K/V stored.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    scale: float
+    context: Context
+
+
+def torch_prefill(inputs: AttentionInputs) -> Tensor:
+    """Prefill, sequence by sequence, with scaled_dot_product_attention."""
+    context = inputs.context
+    out = torch.empty_like(inputs.query)
+    end = 0
+    for index, length in enumerate(context.query_lens):
+        rows = slice(end, end := end + length)
+        if context.block_tables is None:
+            keys, values = inputs.key[rows], inputs.value[rows]
+        else:
+            slots = context.key_slots[index]
+            keys = inputs.k_cache.flatten(0, 1)[slots]
+            values = inputs.v_cache.flatten(0, 1)[slots]
+        out[rows] = _attend_causal(inputs.query[rows], keys, values, inputs.scale)
+    return out
+
+
+def _attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of the last len(query) positions to all of key: [length, num_heads, head_dim]."""
+    num_queries, num_keys = len(query), len(key)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    if num_queries == num_keys:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out.squeeze(0).transpose(0, 1)
+    # Keys of earlier steps: the causal diagonal ends in the lower right corner of the mask.
+    positions = torch.arange(num_keys, device=query.device)
+    parts = []
+    for start in range(0, num_queries, MASKED_QUERY_ROWS):
+        rows = q[:, :, start : start + MASKED_QUERY_ROWS]
+        first = num_keys - num_queries + start
+        limits = torch.arange(first, first + rows.size(2), device=query.device)
+        mask = positions <= limits[:, None]
+        parts.append(
+            F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        )
+    return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
+
+
+def torch_decode(inputs: AttentionInputs) -> Tensor:
+    """Decode, sequence by sequence: the query heads that share a K/V head are its queries."""
+    num_seqs, num_heads, head_dim = inputs.query.shape
+    num_kv_heads = inputs.k_cache.size(2)
+    queries = inputs.query.reshape(num_seqs, 1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    out = torch.empty_like(queries)
+    k_cache, v_cache = inputs.k_cache.flatten(0, 1), inputs.v_cache.flatten(0, 1)
+    for index, slots in enumerate(inputs.context.key_slots):
+        k, v = (cache[slots].transpose(0, 1).unsqueeze(0) for cache in (k_cache, v_cache))
+        out[index] = F.scaled_dot_product_attention(queries[index], k, v, scale=inputs.scale)
+    return out.view_as(inputs.query)
+
+
+def flash_prefill(inputs: AttentionInputs) -> Tensor:
+    """Prefill with flash_attn_varlen_func (https://github.com/Dao-AILab/flash-attention)."""
+    from flash_attn import flash_attn_varlen_func
+
+    context = inputs.context
+    from_cache = context.block_tables is not None
+    out: Tensor = flash_attn_varlen_func(
+        inputs.query,
+        inputs.k_cache if from_cache else inputs.key,
+        inputs.v_cache if from_cache else inputs.value,
+        cu_seqlens_q=context.cu_seqlens_q,
+        cu_seqlens_k=context.cu_seqlens_k,
+        max_seqlen_q=context.max_query_len,
+        max_seqlen_k=context.max_key_len,
+        softmax_scale=inputs.scale,
+        causal=True,
+        block_table=context.block_tables,
+    )
+    return out
+
+
+def flash_decode(inputs: AttentionInputs) -> Tensor:
+    """Decode with flash_attn_with_kvcache."""
+    from flash_attn import flash_attn_with_kvcache
+
+    out: Tensor = flash_attn_with_kvcache(
+        inputs.query.unsqueeze(1),
+        inputs.k_cache,
+        inputs.v_cache,
+        cache_seqlens=inputs.context.context_lens,
+        block_table=inputs.context.block_tables,
+        softmax_scale=inputs.scale,
+        causal=True,
+    )
+    return out.squeeze(1)
+
+
+class Backend(NamedTuple):
+    """A pair of functions that compute attention [num_tokens, num_heads, head_dim]."""
+
+    prefill: Callable[[AttentionInputs], Tensor]
+    decode: Callable[[AttentionInputs], Tensor]
+
+
+BACKENDS = {
+    "torch": Backend(torch_prefill, torch_decode),
+    "flash_attn": Backend(flash_prefill, flash_decode),
+}
+
+
+def select_backend(
+    requested: str, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int
+) -> str:
+    """The name of the back end to use: the one requested, or the fastest that works here.
+
+    Raises:
+        ValueError: the requested back end is not installed or cannot work with these arguments.
+    """
+    reason = _why_not_flash_attn(device, dtype, block_size, head_dim)
+    if requested == "flash_attn" and reason:
+        raise ValueError(f"attention_backend='flash_attn' cannot be used: {reason}")
+    if requested == "auto":
+        return "torch" if reason else "flash_attn"
+    return requested
+
+
+def _why_not_flash_attn(
+    device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int
+) -> str | None:
+    if device.type != "cuda":
+        return f"the device is {device}, not CUDA"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the dtype is {dtype}, not float16 or bfloat16"
+    if block_size % 256:
+        return f"kvcache_block_size {block_size} is no multiple of 256"
+    if head_dim > 256 or head_dim % 8:
+        return f"head_dim {head_dim} is no multiple of 8 up to 256"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than sm_80"
+    if find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    return None
+
+
+class Attention(nn.Module):
+    """Stores the step's K/V in this layer's cache, then attends.
+
+    `k_cache` and `v_cache` are views of the pool that the ModelRunner binds once it is allocated;
+    before that they are empty, and nothing is stored (while memory is measured).
+    """
+
+    def __init__(self, head_dim: int, backend: Backend) -> None:
+        super().__init__()
+        self.scale = head_dim**-0.5
+        self.backend = backend
+        self.k_cache = self.v_cache = torch.empty(0)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        """Attention output.
+
+        Args:
+            query: [num_tokens, num_heads, head_dim].
+            key, value: [num_tokens, num_kv_heads, head_dim].
+
+        Returns:
+            [num_tokens, num_heads, head_dim].
+        """
+        if self.k_cache.numel():
+            store = store_kvcache
+            if launchable(key):
+                from nanovllm.kernels.store_kvcache import store_kvcache as store
+            store(key, value, self.k_cache, self.v_cache, context.slot_mapping)
+        attend = self.backend.prefill if context.is_prefill else self.backend.decode
+        return attend(
+            AttentionInputs(query, key, value, self.k_cache, self.v_cache, self.scale, context)
+        )

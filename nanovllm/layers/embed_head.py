@@ -1,0 +1,40 @@
+"""Token embedding and output head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovllm.utils.context import Context
+
+
+class Embedding(nn.Module):
+    """Holds the token embeddings [vocab_size, hidden_size]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [num_tokens] -> [num_tokens, hidden_size]."""
+        return F.embedding(input_ids, self.weight)
+
+
+class LMHead(nn.Module):
+    """The output head: the same layout as an embedding, so that a tied one shares its weight."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+
+    def forward(self, hidden: Tensor, context: Context) -> Tensor:
+        """Logits of the positions that are sampled.
+
+        Args:
+            hidden: [num_tokens, hidden_size].
+
+        Returns:
+            [num_sampled, vocab_size] in hidden's dtype.
+        """
+        if context.logit_rows is not None:
+            hidden = hidden[context.logit_rows]
+        return F.linear(hidden, self.weight)

@@ -1,0 +1,40 @@
+"""Linear layers, one matrix product each, and which checkpoint tensors fill them."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x @ weight.T + bias, weight [output_size, input_size] in the default dtype and device."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[num_tokens, input_size] -> [num_tokens, output_size]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class MergedLinear(Linear):
+    """Several linear layers of one input as a single matrix product, their outputs side by side.
+
+    Args:
+        input_size: their common input.
+        output_sizes: size of each by the name that it has in the checkpoint, in order.
+    """
+
+    def __init__(self, input_size: int, output_sizes: dict[str, int], bias: bool = False) -> None:
+        super().__init__(input_size, sum(output_sizes.values()), bias)
+        self.output_sizes = output_sizes
+
+    def shards(self) -> Iterator[tuple[str, Tensor]]:
+        """("q_proj.weight", its rows of the merged weight) and so on, biases too."""
+        for name, parameter in self.named_parameters():
+            parts = parameter.split(list(self.output_sizes.values()))
+            for shard, part in zip(self.output_sizes, parts, strict=True):
+                yield f"{shard}.{name}", part

@@ -1,0 +1,69 @@
+"""Context: what attention and the head need to know about the step that is being computed."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Context:
+    """The layout of one step's tokens, handed down through the model's forward.
+
+    Tensors lie on the model's device. The lists are the same numbers on the host, for code that
+    loops over the sequences.
+
+    Args:
+        is_prefill: several tokens a sequence (True), or one (False).
+        slot_mapping: int32 [num_tokens], where each token's K/V goes (block * block_size +
+            offset), -1 = nowhere.
+        query_lens: tokens of each sequence in this step.
+        key_lens: tokens each sequence attends to: those before this step and its own.
+        cu_seqlens_q: int32 [num_seqs + 1], running sum of query_lens. Prefill only.
+        cu_seqlens_k: int32 [num_seqs + 1], running sum of key_lens. Prefill only.
+        context_lens: int32 [num_seqs], key_lens. Decode only.
+        block_tables: int32 [num_seqs, max blocks], -1 padded. Decode, and a prefill in which some
+            sequence attends to keys of earlier steps.
+        block_size: token positions in a block.
+        logit_rows: int64 [num_sampled], the rows of the hidden states to compute logits for;
+            None = all.
+    """
+
+    is_prefill: bool
+    slot_mapping: Tensor
+    query_lens: list[int]
+    key_lens: list[int]
+    block_size: int
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    context_lens: Tensor | None = None
+    block_tables: Tensor | None = None
+    logit_rows: Tensor | None = None
+
+    @cached_property
+    def max_query_len(self) -> int:
+        return max(self.query_lens)
+
+    @cached_property
+    def max_key_len(self) -> int:
+        return max(self.key_lens)
+
+    @cached_property
+    def key_slots(self) -> list[slice | Tensor]:
+        """Where each sequence's keys lie in the flattened cache; a slice where they are in a row.
+
+        Needs block_tables. For attention that gathers: a slice makes that a view.
+        """
+        assert self.block_tables is not None
+        offsets = torch.arange(self.block_size, device=self.block_tables.device)
+        slots: list[slice | Tensor] = []
+        for row, length in zip(self.block_tables.tolist(), self.key_lens, strict=True):
+            blocks = row[: -(-length // self.block_size)]
+            if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
+                first = blocks[0] * self.block_size
+                slots.append(slice(first, first + length))
+            else:
+                starts = torch.tensor(blocks, device=offsets.device) * self.block_size
+                slots.append((starts[:, None] + offsets).flatten()[:length])
+        return slots

@@ -1,0 +1,158 @@
+"""Find a checkpoint and fill a model's parameters from it."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm.config import read_json
+from nanovllm.layers.linear import MergedLinear
+
+logger = logging.getLogger("nanovllm")
+
+CONFIG_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+)
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+
+
+def resolve_model_dir(model: str | Path, with_weights: bool = True) -> Path:
+    """The local directory of a model: `model` itself, or where the Hub client keeps that repo.
+
+    Offline, a repo is taken from the Hub client's cache.
+
+    Args:
+        model: a directory or a Hub repo id.
+        with_weights: fetch the weights too, not only configuration and tokenizer.
+
+    Raises:
+        TypeError: `model` is neither str nor Path.
+        ValueError: neither a directory nor a repo that can be had.
+    """
+    if not isinstance(model, (str, Path)):
+        raise TypeError(f"model must be a directory or a Hub repo id, got {model!r}")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{model} is a file, not a model directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = [*CONFIG_FILES, *(WEIGHT_FILES if with_weights else ())]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except HFValidationError:
+        raise ValueError(f"{model} is no directory, and no Hub repo id either") from None
+    except Exception as error:  # the client's own, its HTTP library's or the system's
+        raise ValueError(
+            f"{model} is no directory, and as a Hub repo it cannot be fetched: {error}"
+        ) from error
+
+
+def checkpoint_targets(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint must hold, by its name there: the memory it is copied to."""
+    targets: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, MergedLinear):
+            parent = prefix.rpartition(".")[0]
+            targets.update((f"{parent}.{name}", part) for name, part in module.shards())
+        else:
+            parameters = module.named_parameters(recurse=False)
+            targets.update((f"{prefix}.{name}", parameter) for name, parameter in parameters)
+    return targets
+
+
+def load_weights(model: nn.Module, model_dir: Path) -> None:
+    """Fill all of a model's parameters from the safetensors in a directory.
+
+    Tensors are read straight to the parameters' device and converted to their dtype. The second
+    name of a tied weight may be left out; if it is there it must be equal.
+
+    Raises:
+        ValueError: a missing, truncated or corrupt file, a tensor of the wrong shape or with no
+            parameter, or a parameter with no tensor.
+    """
+    targets = checkpoint_targets(model)
+    tied = "lm_head.weight" if getattr(model, "tie_word_embeddings", False) else None
+    if tied:
+        tied_target = targets.pop(tied)
+    filled: set[str] = set()
+    tied_copy: Tensor | None = None
+    for name, tensor in _read_tensors(model_dir, next(model.parameters()).device):
+        if name == tied:
+            tied_copy = tensor
+            continue
+        if name not in targets:
+            raise ValueError(f"{model_dir}: the model has no parameter for tensor {name!r}")
+        if tensor.shape != targets[name].shape:
+            raise ValueError(
+                f"{model_dir}: tensor {name!r} has shape {list(tensor.shape)}, the configuration "
+                f"asks for {list(targets[name].shape)}"
+            )
+        targets[name].data.copy_(tensor)
+        filled.add(name)
+    if missing := [name for name in targets if name not in filled]:
+        raise ValueError(
+            f"{model_dir}: no tensor fills {len(missing)} parameters: {_some(missing)}"
+        )
+    if tied_copy is not None and not torch.equal(tied_copy.to(tied_target.dtype), tied_target):
+        raise ValueError(
+            f"{model_dir}: tie_word_embeddings is true, but lm_head.weight differs from the "
+            "embedding"
+        )
+
+
+def _read_tensors(model_dir: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything in the checkpoint, file by file."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in _weight_files(model_dir):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is missing, truncated or corrupt: {error}") from error
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    """The checkpoint's safetensors: one file, or the shards that its index names."""
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        paths = [model_dir / name for name in names]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise ValueError(f"{model_dir}: {index.name} names missing files: {_some(missing)}")
+    else:
+        paths = sorted(model_dir.glob("model*.safetensors"))
+    if not paths:
+        raise ValueError(f"{model_dir} holds no model.safetensors (or shards with an index)")
+    return paths
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def fill_random(model: nn.Module, seed: int = 0) -> None:
+    """Give every parameter random values, for benchmarks without a checkpoint.
+
+    Matrices: normal, standard deviation 0.02, as at the start of training. Biases 0, norms 1.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.02, generator=generator)
+        else:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)

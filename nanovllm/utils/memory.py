@@ -1,0 +1,65 @@
+"""How much memory there is for the KV pool."""
+
+import gc
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+GIB = 1 << 30
+CPU_POOL_LIMIT = 4 * GIB
+# Left free on the GPU for what no allocator reports: the driver's own, kernels loaded later.
+CUDA_MARGIN = GIB // 4
+
+
+def free_cpu_memory() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no Linux
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 * CPU_POOL_LIMIT
+
+
+def cpu_pool_budget() -> int:
+    """Most bytes that a KV pool in main memory takes: 4 GiB or a quarter of what is free."""
+    return min(CPU_POOL_LIMIT, free_cpu_memory() // 4)
+
+
+@dataclass
+class CudaBudget:
+    """Tells what one engine has taken of a GPU since this object was made.
+
+    Only the growth of this process's own allocations counts: what other engines and processes
+    hold just limits what is free.
+    """
+
+    device: torch.device
+    start: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self.start = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        """Bytes that the engine held at most, since it began."""
+        return torch.cuda.max_memory_allocated(self.device) - self.start
+
+    def pool_bytes(self, utilization: float) -> int:
+        """Bytes for the KV pool: the engine's share of the GPU less its peak, if that is free.
+
+        Call it with the peak behind: weights loaded, the largest step run.
+        """
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        held = torch.cuda.memory_allocated(self.device) - self.start
+        available = free - (self.peak() - held) - CUDA_MARGIN
+        return int(min(total * utilization - self.peak(), available))
