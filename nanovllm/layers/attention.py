@@ -92,12 +92,18 @@ def torch_decode(inputs: AttentionInputs) -> Tensor:
     num_seqs, num_heads, head_dim = inputs.query.shape
     num_kv_heads = inputs.k_cache.size(2)
     queries = inputs.query.reshape(num_seqs, 1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    out = torch.empty_like(queries)
-    k_cache, v_cache = inputs.k_cache.flatten(0, 1), inputs.v_cache.flatten(0, 1)
-    for index, slots in enumerate(inputs.context.key_slots):
-        k, v = (cache[slots].transpose(0, 1).unsqueeze(0) for cache in (k_cache, v_cache))
-        out[index] = F.scaled_dot_product_attention(queries[index], k, v, scale=inputs.scale)
-    return out.view_as(inputs.query)
+    # [1, num_kv_heads, num_slots, head_dim]: a sequence's keys are then one indexing away.
+    k_cache, v_cache = (
+        cache.flatten(0, 1).transpose(0, 1).unsqueeze(0)
+        for cache in (inputs.k_cache, inputs.v_cache)
+    )
+    parts = [
+        F.scaled_dot_product_attention(
+            query, k_cache[:, :, slots], v_cache[:, :, slots], scale=inputs.scale
+        )
+        for query, slots in zip(queries.unbind(), inputs.context.key_slots, strict=True)
+    ]
+    return torch.cat(parts).view_as(inputs.query)
 
 
 def flash_prefill(inputs: AttentionInputs) -> Tensor:
@@ -112,7 +118,8 @@ def flash_prefill(inputs: AttentionInputs) -> Tensor:
         inputs.v_cache if from_cache else inputs.value,
         cu_seqlens_q=context.cu_seqlens_q,
         cu_seqlens_k=context.cu_seqlens_k,
-        max_seqlen_q=context.max_query_len,
+        # With 1 it would split the keys as a decode does: see flash_decode.
+        max_seqlen_q=max(context.max_query_len, 2),
         max_seqlen_k=context.max_key_len,
         softmax_scale=inputs.scale,
         causal=True,
@@ -122,9 +129,13 @@ def flash_prefill(inputs: AttentionInputs) -> Tensor:
 
 
 def flash_decode(inputs: AttentionInputs) -> Tensor:
-    """Decode with flash_attn_with_kvcache."""
+    """Decode with flash_attn_with_kvcache, which splits the keys where that makes it faster.
+
+    Not for head_dim 32: flash-attn 2.8.3 combines the parts wrongly there (measured on an H100).
+    """
     from flash_attn import flash_attn_with_kvcache
 
+    head_dim = inputs.query.size(-1)
     out: Tensor = flash_attn_with_kvcache(
         inputs.query.unsqueeze(1),
         inputs.k_cache,
@@ -133,6 +144,7 @@ def flash_decode(inputs: AttentionInputs) -> Tensor:
         block_table=inputs.context.block_tables,
         softmax_scale=inputs.scale,
         causal=True,
+        num_splits=1 if head_dim < 64 else 0,
     )
     return out.squeeze(1)
 

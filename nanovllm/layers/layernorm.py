@@ -1,6 +1,7 @@
 """Root-mean-square layer norm (https://arxiv.org/abs/1910.07467), alone or after a residual add."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -14,9 +15,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         [..., size] in x's dtype.
     """
-    x32 = x.float()
-    scale = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
-    return (x32 * scale).to(x.dtype).mul_(weight)
+    return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

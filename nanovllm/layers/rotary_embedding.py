@@ -15,7 +15,13 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         [num_tokens, num_heads, head_dim] in x's dtype.
     """
     first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotated = torch.cat(
+        (
+            torch.addcmul(first * cos, second, sin, value=-1),  # first * cos - second * sin
+            torch.addcmul(second * cos, first, sin),  # second * cos + first * sin
+        ),
+        dim=-1,
+    )
     return rotated.to(x.dtype)
 
 

@@ -1,0 +1,299 @@
+"""Measure throughput, and how close it comes to what the machine's memory and arithmetic allow.
+
+By default 256 requests of 100-1024 random tokens in and out with the shape of Qwen3-0.6B on a GPU,
+and a small workload with the tiny checkpoint on a CPU.
+"""
+
+import argparse
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.config import ModelConfig
+from nanovllm.engine.scheduler import Batch
+from nanovllm.utils.timer import Timer
+
+ASSETS = Path(__file__).parent / "assets"
+GIB = 1 << 30
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; sizes that are left out depend on the device."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", help="a checkpoint: directory or Hub repo id")
+    model.add_argument("--dummy", help="a directory with config.json: random weights of that shape")
+    parser.add_argument("--num-seqs", type=int, help="requests (256; on a CPU 32)")
+    parser.add_argument("--min-input-len", type=int, help="shortest prompt (100; on a CPU 16)")
+    parser.add_argument("--max-input-len", type=int, help="longest prompt (1024; on a CPU 256)")
+    parser.add_argument("--min-output-len", type=int, help="shortest output (100; on a CPU 16)")
+    parser.add_argument("--max-output-len", type=int, help="longest output (1024; on a CPU 256)")
+    parser.add_argument("--input-len", type=int, help="all prompts of this length")
+    parser.add_argument("--output-len", type=int, help="all outputs of this length")
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeat", type=int, default=1, help="runs, each with new random prompts")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    engine = parser.add_argument_group("engine options (see nanovllm.config.Config)")
+    engine.add_argument("--device", default="auto")
+    engine.add_argument("--dtype", default="auto")
+    engine.add_argument("--attention-backend", default="auto")
+    engine.add_argument("--enforce-eager", action="store_true")
+    engine.add_argument("--max-model-len", type=int, default=4096)
+    engine.add_argument("--max-num-seqs", type=int, default=512)
+    engine.add_argument("--max-num-batched-tokens", type=int, default=16384)
+    engine.add_argument("--kvcache-block-size", type=int, default=256)
+    engine.add_argument("--gpu-memory-utilization", type=float, default=0.95)
+    args = parser.parse_args()
+
+    has_gpu = args.device != "cpu" and torch.cuda.is_available()
+    if args.device == "auto":
+        args.device = "cuda" if has_gpu else "cpu"
+    if args.model is None and args.dummy is None:
+        if has_gpu:
+            args.dummy = str(ASSETS / "qwen3-0.6b")
+        else:
+            args.model = str(ASSETS / "tiny-qwen3")
+    args.num_seqs = args.num_seqs or (256 if has_gpu else 32)
+    for kind in ("input", "output"):
+        fixed = getattr(args, f"{kind}_len")
+        low = fixed or getattr(args, f"min_{kind}_len") or (100 if has_gpu else 16)
+        high = fixed or getattr(args, f"max_{kind}_len") or (1024 if has_gpu else 256)
+        setattr(args, f"min_{kind}_len", low)
+        setattr(args, f"max_{kind}_len", max(low, high))
+    return args
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the device was measured to do."""
+
+    read_bytes_per_s: float
+    flops_per_s: float
+
+    @classmethod
+    def measure(cls, device: torch.device, dtype: torch.dtype) -> "Machine":
+        """Read bandwidth (the better of a pure read and a copy) and matrix rate, run eagerly."""
+        num_bytes, size = (4 * GIB, 8192) if device.type == "cuda" else (GIB, 2048)
+        machine = cls(_read_bandwidth(device, num_bytes), _matrix_rate(device, dtype, size))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the engine finds the memory free
+        return machine
+
+
+def _read_bandwidth(device: torch.device, num_bytes: int) -> float:
+    """Bytes a second over a buffer of `num_bytes`: read, or read and written, what is faster."""
+    source = torch.randn(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    read_s = seconds(device, lambda: source.sum())
+    copy_s = seconds(device, lambda: target.copy_(source))
+    return max(num_bytes / read_s, 2 * num_bytes / copy_s)
+
+
+def _matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations a second of a square matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / seconds(device, lambda: a @ b)
+
+
+def seconds(device: torch.device, function: Callable[[], object], rounds: int = 10) -> float:
+    """Median seconds of a call."""
+    times = []
+    for _ in range(rounds + 2):
+        timer = Timer(device)
+        with timer.region("call"):
+            function()
+        times.append(timer.totals()["call"][0])
+    return median(times[2:])
+
+
+class Floor:
+    """Adds up the least time that the scheduled steps can take on a machine.
+
+    A decode step must read the weights once and the K/V of its sequences, blocks that several of
+    them share once. A prefill step must do the arithmetic of its tokens, or read the weights,
+    whichever takes longer.
+    """
+
+    def __init__(self, llm: LLM, machine: Machine) -> None:
+        assert llm.model_runner is not None
+        self.machine = machine
+        self.model_config: ModelConfig = llm.config.model_config
+        self.block_size = llm.config.kvcache_block_size
+        model, kv_cache = llm.model_runner.model, llm.model_runner.kv_cache
+        embedding = model.model.embed_tokens.weight
+        tied = self.model_config.tie_word_embeddings
+        # Of an input embedding that is not the output head too, only single rows are read.
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.weight_bytes -= 0 if tied else embedding.nbytes
+        self.token_bytes = kv_cache[:, :, 0, 0].nbytes
+        layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
+        self.flops_per_token = 2 * layers
+        self.flops_per_logits = 2 * embedding.numel()
+        self.weights_s = self.kv_s = self.prefill_s = 0.0
+        self.num_decode_steps = self.num_prefill_steps = 0
+
+    def count(self, batch: Batch | None) -> None:
+        """Add a step, right after it was scheduled."""
+        if batch is None:
+            return
+        weights_s = self.weight_bytes / self.machine.read_bytes_per_s
+        if batch.is_prefill:
+            self.num_prefill_steps += 1
+            self.prefill_s += max(weights_s, self._flops(batch) / self.machine.flops_per_s)
+        else:
+            self.num_decode_steps += 1
+            self.weights_s += weights_s
+            kv_bytes = self.token_bytes * self._distinct_tokens(batch)
+            self.kv_s += kv_bytes / self.machine.read_bytes_per_s
+
+    def _flops(self, batch: Batch) -> int:
+        """Arithmetic of a prefill step: linear layers, causal attention, logits."""
+        config = self.model_config
+        # Query i attends to i + 1 keys; two products of head_dim per head, query and key.
+        pairs = sum(
+            (item.start + 1 + item.end) * (item.end - item.start) / 2 for item in batch.items
+        )
+        attention = 4 * pairs * config.num_heads * config.head_dim * config.num_layers
+        num_sampled = sum(item.samples for item in batch.items)
+        linear = batch.num_tokens * self.flops_per_token
+        return int(linear + attention + num_sampled * self.flops_per_logits)
+
+    def _distinct_tokens(self, batch: Batch) -> int:
+        """Tokens whose K/V a decode step reads. Blocks that are shared are full ones."""
+        tables = [item.seq.block_table for item in batch.items]
+        num_blocks = sum(map(len, tables))
+        num_shared = num_blocks - len(set(chain.from_iterable(tables)))
+        return sum(item.end for item in batch.items) - num_shared * self.block_size
+
+    @property
+    def total_s(self) -> float:
+        return self.weights_s + self.kv_s + self.prefill_s
+
+    def report(self, elapsed_s: float) -> str:
+        """What share of the floor a run of `elapsed_s` seconds reached, and what it consists of."""
+        return (
+            f"Floor: {self.total_s:.3f}s (K/V {self.kv_s:.3f}s + weights {self.weights_s:.3f}s "
+            f"in {self.num_decode_steps} decode steps, {self.num_prefill_steps} prefill steps "
+            f"{self.prefill_s:.3f}s) at {self.machine.read_bytes_per_s / 1e9:.1f} GB/s and "
+            f"{self.machine.flops_per_s / 1e12:.2f} TFLOP/s measured here; "
+            f"reached: {self.total_s / elapsed_s:.1%}"
+        )
+
+
+def watch(llm: LLM) -> tuple[Timer, Timer]:
+    """Time the engine's phases (wall clock) and the model's parts (device) from now on."""
+    assert llm.model_runner is not None
+    phases, parts = Timer(), Timer(llm.model_runner.device)
+    llm.scheduler.schedule = phases.wrap("schedule", llm.scheduler.schedule)
+    llm.model_runner.run = phases.wrap("run", llm.model_runner.run)
+    llm.scheduler.postprocess = phases.wrap("postprocess", llm.scheduler.postprocess)
+    names = {
+        "Attention": "attention and K/V store",
+        "Linear": "linear layers",
+        "MergedLinear": "linear layers",
+        "RMSNorm": "norms",
+        "LMHead": "output head",
+        "Embedding": "embedding",
+        "Qwen3ForCausalLM": "model, whole",
+    }
+    for module in llm.model_runner.model.modules():
+        if name := names.get(type(module).__name__):
+            module.forward = parts.wrap(name, module.forward)
+            if name == "norms":
+                module.forward_add = parts.wrap(name, module.forward_add)
+    return phases, parts
+
+
+def print_profile(title: str, timer: Timer) -> None:
+    """A line a region: seconds in all, calls, microseconds a call."""
+    print(title)
+    for name, (total_s, count) in timer.totals().items():
+        print(f"  {name:<24} {total_s:9.3f}s {count:9d} calls {total_s / count * 1e6:10.1f}us")
+
+
+def run_once(llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.Random) -> None:
+    """Generate from new random prompts, and print the figures."""
+    vocab_size = llm.config.model_config.vocab_size
+    prompts = [
+        [
+            rng.randrange(vocab_size)
+            for _ in range(rng.randint(args.min_input_len, args.max_input_len))
+        ]
+        for _ in range(args.num_seqs)
+    ]
+    params = [
+        SamplingParams(
+            temperature=args.temperature,
+            ignore_eos=True,
+            max_tokens=rng.randint(args.min_output_len, args.max_output_len),
+        )
+        for _ in range(args.num_seqs)
+    ]
+    floor = Floor(llm, machine)
+    schedule = llm.scheduler.schedule
+
+    def counted(*arguments: bool) -> Batch | None:
+        batch = schedule(*arguments)
+        floor.count(batch)
+        return batch
+
+    llm.scheduler.schedule = counted
+    started = perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    elapsed_s = perf_counter() - started
+    llm.scheduler.schedule = schedule
+
+    total = sum(len(output["token_ids"]) for output in outputs)
+    assert total == sum(p.max_tokens for p in params), "some output has not its full length"
+    print(f"Total: {total}tok, Time: {elapsed_s:.2f}s, Throughput: {total / elapsed_s:.2f}tok/s")
+    num_input = sum(map(len, prompts))
+    print(f"Prompts: {num_input}tok, {num_input / elapsed_s:.2f}tok/s")
+    print(floor.report(elapsed_s), flush=True)
+
+
+def main() -> None:
+    args = parse_args()
+    device = torch.device(args.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    machine = Machine.measure(device, dtype)
+    started = perf_counter()
+    llm = LLM(
+        args.dummy or args.model,
+        load_format="dummy" if args.dummy else "auto",
+        device=args.device,
+        dtype=args.dtype,
+        attention_backend=args.attention_backend,
+        enforce_eager=args.enforce_eager,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        kvcache_block_size=args.kvcache_block_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+    )
+    assert llm.model_runner is not None
+    print(
+        f"{args.dummy or args.model} on {args.device}, attention: {llm.model_runner.backend}, "
+        f"{llm.model_runner.num_blocks} blocks; ready after {perf_counter() - started:.1f}s"
+    )
+    rng = random.Random(args.seed)
+    llm.generate([[0] * args.min_input_len], SamplingParams(ignore_eos=True), use_tqdm=False)
+    timers = watch(llm) if args.profile else ()
+    for _ in range(args.repeat):
+        run_once(llm, machine, args, rng)
+    for title, timer in zip(("Phases (wall clock)", "Model (device)"), timers, strict=False):
+        print_profile(title, timer)
+    llm.exit()
+
+
+if __name__ == "__main__":
+    main()

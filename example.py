@@ -1,0 +1,32 @@
+"""Answer two prompts, with the tiny checkpoint in assets/ or any other Qwen3 or Qwen2 model."""
+
+import argparse
+from pathlib import Path
+
+from nanovllm import LLM, SamplingParams
+
+TINY_CHECKPOINT = Path(__file__).parent / "assets" / "tiny-qwen3"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model", default=str(TINY_CHECKPOINT), help="a model directory or a Hub repo id"
+    )
+    args = parser.parse_args()
+
+    llm = LLM(args.model)
+    questions = ["introduce yourself", "list all prime numbers within 100"]
+    prompts = [
+        llm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        for question in questions
+    ]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.6, max_tokens=256))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        print(f"\nPrompt: {prompt!r}\nCompletion: {output['text']!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""What the tests share: small random checkpoints, transformers as the reference, a spy, a tally."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.sequence import Sequence
+
+# The models are so small that a second thread gains nothing, and where the cores are shared the
+# threads' waiting for one another makes it 60 times slower.
+torch.set_num_threads(1)
+
+transformers.utils.logging.disable_progress_bar()
+
+# Two logits closer than this share of the logits' scale may swap places by rounding alone.
+NEAR_TIE = 1e-5
+STOP_WORD = "<|im_end|>"
+
+
+# --- hooks -----------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip themselves where there is no CUDA GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+class Tally:
+    """Facts that the tests measured, printed at the end of the run."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.maxima: dict[str, float] = {}
+
+    def count(self, name: str, amount: int = 1) -> None:
+        self.counts[name] += amount
+
+    def maximum(self, name: str, value: float) -> None:
+        self.maxima[name] = max(value, self.maxima.get(name, value))
+
+
+TALLY_KEY = pytest.StashKey[Tally]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TALLY_KEY] = Tally()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    tally = config.stash[TALLY_KEY]
+    if tally.counts or tally.maxima:
+        terminalreporter.section("measured")
+    for name, amount in sorted(tally.counts.items()):
+        terminalreporter.write_line(f"{name}: {amount}")
+    for name, value in sorted(tally.maxima.items()):
+        terminalreporter.write_line(f"{name}: at most {value:.2e}")
+
+
+@pytest.fixture
+def tally(pytestconfig: pytest.Config) -> Tally:
+    return pytestconfig.stash[TALLY_KEY]
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A small random model. Weights are so large that its logits are sharp."""
+
+    qwen2: bool = False
+    vocab_size: int = 307
+    hidden_size: int = 64
+    intermediate_size: int = 96
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    max_position_embeddings: int = 1024
+    tied: bool = False
+    attention_bias: bool = False
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.3
+    file_dtype: str = "float32"
+    max_shard_size: str = "5GB"
+    tokenizer: bool = False
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """For a test's id: enough to make the same model again."""
+        return "-".join(
+            (
+                "qwen2" if self.qwen2 else "qwen3",
+                f"L{self.num_layers}",
+                f"v{self.vocab_size}",
+                f"h{self.hidden_size}x{self.intermediate_size}",
+                f"heads{self.num_heads}:{self.num_kv_heads}x{self.head_dim}",
+                "tied" if self.tied else "untied",
+                *(["bias"] if self.attention_bias else []),
+                *(["sharded"] if self.max_shard_size != "5GB" else []),
+                f"theta{self.rope_theta:g}",
+                f"eps{self.rms_norm_eps:g}",
+                f"std{self.initializer_range:.2g}",
+                f"seed{self.seed}",
+            )
+        )
+
+
+def make_hf_model(spec: ModelSpec) -> nn.Module:
+    """The model in transformers, float32; norms and biases random too, so that none can be lost."""
+    sizes: dict[str, Any] = {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "tie_word_embeddings": spec.tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
+        "rms_norm_eps": spec.rms_norm_eps,
+        "initializer_range": spec.initializer_range,
+    }
+    torch.manual_seed(spec.seed)
+    model: nn.Module
+    if spec.qwen2:
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
+    else:
+        config = transformers.Qwen3Config(**sizes, attention_bias=spec.attention_bias)
+        model = transformers.Qwen3ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
+        elif parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval()
+
+
+def save_tokenizer(directory: Path, vocab_size: int, stop_id: int = 0) -> None:
+    """A tokenizer of one word an id: "w0", "w1" and so on, but STOP_WORD, the eos, at stop_id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [STOP_WORD if i == stop_id else f"w{i}" for i in range(vocab_size)]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=words[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=STOP_WORD, unk_token=words[-1]
+    ).save_pretrained(directory)
+
+
+def save_checkpoint(spec: ModelSpec, directory: Path) -> Path:
+    """Write the model in the usual format."""
+    model = make_hf_model(spec).to(getattr(torch, spec.file_dtype))
+    model.save_pretrained(directory, max_shard_size=spec.max_shard_size)
+    if spec.tokenizer:
+        save_tokenizer(directory, spec.vocab_size)
+    return directory
+
+
+CheckpointFactory = Callable[[ModelSpec], Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
+    """checkpoint(spec) -> its directory, made once a run: copy it before you change it."""
+    made: dict[ModelSpec, Path] = {}
+
+    def make(spec: ModelSpec) -> Path:
+        if spec not in made:
+            made[spec] = save_checkpoint(spec, tmp_path_factory.mktemp("checkpoint"))
+        return made[spec]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(checkpoint: CheckpointFactory) -> Path:
+    """A checkpoint with no tokenizer."""
+    return checkpoint(ModelSpec())
+
+
+@pytest.fixture(scope="session")
+def text_model(checkpoint: CheckpointFactory) -> Path:
+    """A checkpoint with a tokenizer of one word an id."""
+    return checkpoint(ModelSpec(tokenizer=True))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Set keys of a JSON file; those set to ... (Ellipsis) are removed."""
+    raw = json.loads(path.read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in raw.items() if value is not ...}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+# --- the engine, watched ---------------------------------------------------------------------
+
+
+class Spy:
+    """Watches an engine at work.
+
+    logits[seq_id][n]: the row [vocab_size], float32, from which completion token n was taken.
+    seqs[seq_id]: every sequence that was scheduled. batches: every step, in order.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self.logits: dict[int, dict[int, Tensor]] = {}
+        self.seqs: dict[int, Sequence] = {}
+        self.batches: list[Batch] = []
+        self._to_run: list[Batch] = []
+        self._schedule = llm.scheduler.schedule
+        llm.scheduler.schedule = self._watch_schedule  # type: ignore[method-assign]
+        assert llm.model_runner is not None
+        llm.model_runner.model.lm_head.register_forward_hook(self._watch_logits)
+
+    def _watch_schedule(self, *args: Any, **kwargs: Any) -> Batch | None:
+        batch = self._schedule(*args, **kwargs)
+        if batch is not None:
+            self.batches.append(batch)
+            self._to_run.append(batch)
+            self.seqs.update((item.seq.seq_id, item.seq) for item in batch.items)
+        return batch
+
+    def _watch_logits(self, _module: nn.Module, _inputs: Any, logits: Tensor) -> None:
+        items = [item for item in self._to_run.pop(0).items if item.samples]
+        for item, row in zip(items, logits, strict=True):
+            index = item.end - item.seq.num_prompt_tokens
+            self.logits.setdefault(item.seq.seq_id, {})[index] = row.float().cpu().clone()
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(batch.num_tokens for batch in self.batches if batch.is_prefill)
+
+
+@contextmanager
+def watched(model: Path, **options: Any) -> Iterator[tuple[LLM, Spy]]:
+    """An engine on the CPU, and a spy on it."""
+    options = {"device": "cpu", "max_model_len": 800, "max_num_seqs": 64} | options
+    with LLM(str(model), **options) as llm:
+        yield llm, Spy(llm)
+
+
+def greedy(max_tokens: int = 64, ignore_eos: bool = True) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos)
+
+
+def completions(llm: LLM, prompts: list[list[int]], max_tokens: int = 64) -> list[list[int]]:
+    """Greedy completions, stop ids ignored."""
+    outputs = llm.generate(prompts, greedy(max_tokens), use_tqdm=False)
+    return [output["token_ids"] for output in outputs]
+
+
+def random_prompts(lengths: list[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+# --- the reference ---------------------------------------------------------------------------
+
+
+@dataclass
+class Comparison:
+    """How completions compare with the reference, over all their positions."""
+
+    num_positions: int = 0
+    num_near_ties: int = 0
+    max_logits_error: float = 0.0  # of the logits' scale
+
+
+class Reference:
+    """The same checkpoint in transformers, whole sequences at a time, without a KV cache."""
+
+    def __init__(self, model: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        self._logits: dict[tuple[int, ...], Tensor] = {}
+
+    def logits(self, prompt: list[int], completion: list[int]) -> Tensor:
+        """float32 [len(completion), vocab_size]: row n is what completion token n is taken from."""
+        tokens = tuple(prompt + completion)[:-1]
+        if tokens not in self._logits:
+            with torch.inference_mode():
+                output = self.model(
+                    torch.tensor([tokens]), logits_to_keep=len(completion), use_cache=False
+                )
+            self._logits[tokens] = output.logits[0].float()
+        return self._logits[tokens]
+
+    def compare(self, prompt: list[int], completion: list[int]) -> Comparison:
+        """Check by teacher forcing that each token of a completion is the reference's choice.
+
+        A token may lose to the best one by less than NEAR_TIE of the logits' scale; the answer
+        says how often that was so. Logits errors are left to `compare_logits`.
+
+        Raises:
+            AssertionError: a token is not the reference's choice.
+        """
+        logits = self.logits(prompt, completion)
+        scale = logits.abs().max()
+        chosen = logits.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        gaps = (logits.max(dim=-1).values - chosen) / scale
+        wrong = (gaps >= NEAR_TIE).nonzero().flatten().tolist()
+        assert not wrong, (
+            f"prompt of {len(prompt)} tokens: {len(wrong)} of {len(completion)} tokens are not the "
+            f"reference's, first token {wrong[0]}: {completion[wrong[0]]} instead of "
+            f"{int(logits[wrong[0]].argmax())}, gap {gaps[wrong[0]]:.1e} of the logits' scale"
+        )
+        return Comparison(len(completion), int((gaps > 0).sum()))
+
+    def logits_error(self, prompt: list[int], completion: list[int], rows: list[Tensor]) -> float:
+        """Largest error of the engine's logits, as a share of the largest logit."""
+        logits = self.logits(prompt, completion)
+        assert len(rows) == len(completion)
+        return float((torch.stack(rows) - logits).abs().max() / logits.abs().max())
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[Path], Reference]:
+    """reference(directory) -> the checkpoint in transformers, loaded once a run."""
+    return cache(Reference)
+
+
+def compare_run(
+    reference: Reference, spy: Spy, prompts: list[list[int]], outputs: list[list[int]]
+) -> Comparison:
+    """Compare all sequences of one `generate` call: tokens, and each token's logits."""
+    total = Comparison()
+    seqs = sorted(spy.seqs.values(), key=lambda seq: seq.seq_id)[-len(prompts) :]
+    for prompt, output, seq in zip(prompts, outputs, seqs, strict=True):
+        assert seq.token_ids == prompt + output
+        found = reference.compare(prompt, output)
+        rows = [spy.logits[seq.seq_id][n] for n in range(len(output))]
+        total.num_positions += found.num_positions
+        total.num_near_ties += found.num_near_ties
+        error = reference.logits_error(prompt, output, rows)
+        total.max_logits_error = max(total.max_logits_error, error)
+    return total

@@ -1,0 +1,88 @@
+"""bench.py runs, and its floor counts what a run must read and compute."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import CheckpointFactory, ModelSpec, random_prompts, watched
+
+from nanovllm import SamplingParams
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import bench  # noqa: E402
+
+MACHINE = bench.Machine(read_bytes_per_s=1e9, flops_per_s=1e10)
+FLOAT32 = 4
+
+
+def test_bench_prints_throughput_and_share_of_the_floor(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.Machine, "measure", lambda *_: MACHINE)
+    sizes = "--num-seqs 4 --input-len 20 --output-len 8 --max-model-len 64 --repeat 2 --profile"
+    argv = ["bench.py", "--device", "cpu", "--model", str(tiny_model), *sizes.split()]
+    monkeypatch.setattr(sys, "argv", argv)
+    bench.main()
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"Total: 32tok, Time: [\d.]+s, Throughput: [\d.]+tok/s", printed)) == 2
+    assert len(re.findall(r"7 decode steps, 1 prefill steps.*reached: [\d.]+%", printed)) == 2
+    assert re.search(r"linear layers +[\d.]+s +\d+ calls", printed)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_decode_floor_is_weights_and_keys_and_values(
+    checkpoint: CheckpointFactory, tied: bool
+) -> None:
+    """An untied input embedding is not read as a whole; a tied one is, as the output head."""
+    spec = ModelSpec(tied=tied)
+    lengths = [5, 40]
+    with watched(checkpoint(spec)) as (llm, _):
+        assert llm.model_runner is not None
+        parameters = sum(p.numel() for p in llm.model_runner.model.parameters())
+        floor = bench.Floor(llm, MACHINE)
+        for prompt in random_prompts(lengths, spec.vocab_size):
+            llm.add_request(prompt, SamplingParams(max_tokens=8, ignore_eos=True))
+        floor.count(llm.scheduler.schedule())  # prefill
+        for seq in llm.scheduler.running:
+            seq.append_token(1)
+        floor.count(llm.scheduler.schedule())  # the first decode: each has one token more
+    read = parameters - (0 if tied else spec.vocab_size * spec.hidden_size)
+    assert floor.weights_s == pytest.approx(read * FLOAT32 / 1e9)
+    token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * FLOAT32
+    assert floor.kv_s == pytest.approx((sum(lengths) + len(lengths)) * token_bytes / 1e9)
+
+
+def test_shared_blocks_count_once(tiny_model: Path) -> None:
+    with watched(tiny_model, kvcache_block_size=16) as (llm, _):
+        floor = bench.Floor(llm, MACHINE)
+        tables = [[0, 1, 2], [0, 1, 3], [4]]
+        items = [
+            SimpleNamespace(seq=SimpleNamespace(block_table=table), end=end)
+            for table, end in zip(tables, [40, 45, 10], strict=True)
+        ]
+        # 32 shared tokens, then 8, 13 and 10 of their own.
+        assert floor._distinct_tokens(SimpleNamespace(items=items)) == 32 + 8 + 13 + 10
+
+
+def test_prefill_floor_is_arithmetic(tiny_model: Path) -> None:
+    spec = ModelSpec()
+    with watched(tiny_model) as (llm, _):
+        floor = bench.Floor(llm, bench.Machine(read_bytes_per_s=1e30, flops_per_s=1.0))
+        llm.add_request(random_prompts([10], spec.vocab_size)[0])
+        floor.count(llm.scheduler.schedule())
+    q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    per_layer = spec.hidden_size * (2 * q_size + 2 * kv_size + 3 * spec.intermediate_size)
+    attention = 4 * (10 * 11 / 2) * q_size * spec.num_layers
+    linear = 2 * 10 * per_layer * spec.num_layers
+    assert floor.prefill_s == linear + attention + 2 * spec.vocab_size * spec.hidden_size
+
+
+def test_bench_runs_as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "bench.py"), run_name="__main__")

@@ -1,0 +1,316 @@
+"""The engine on a CUDA GPU, against transformers on the same GPU."""
+
+import gc
+import importlib.util
+import random
+import sys
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import transformers
+from conftest import NEAR_TIE, CheckpointFactory, ModelSpec, Tally, completions, random_prompts
+from torch import Tensor
+
+from nanovllm import LLM
+from nanovllm.layers.attention import BACKENDS as ATTENTION_BACKENDS
+from nanovllm.layers.attention import AttentionInputs
+from nanovllm.layers.attention import store_kvcache as store_kvcache_twin
+from nanovllm.utils.context import Context
+
+pytestmark = pytest.mark.gpu
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-qwen3"
+MIB = 1 << 20
+has_flash_attn = importlib.util.find_spec("flash_attn") is not None
+BACKENDS = [
+    pytest.param(
+        "flash_attn", marks=pytest.mark.skipif(not has_flash_attn, reason="no flash-attn")
+    ),
+    "torch",
+]
+HALF_DTYPES = [torch.bfloat16, torch.float16]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def load_tasks() -> ModuleType:
+    """The task generator beside the checkpoint, whose folder is no package."""
+    spec = importlib.util.spec_from_file_location("tiny_tasks", TINY / "tasks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_tasks"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """64 chat prompts of all families, fresh in every run."""
+    tasks = load_tasks()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    seed = random.SystemRandom().randrange(1 << 30)
+    print(f"prompts of seed {seed}")
+    samples = [s for family in tasks.FAMILIES for s in tasks.held_out(family, 5, seed)][:64]
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": sample.prompt}], tokenize=False, add_generation_prompt=True
+        )
+        for sample in samples
+    ]
+    return [tokenizer.encode(text) for text in texts]
+
+
+class GpuReference:
+    """The tiny checkpoint in transformers on the GPU, in float32 and in a half precision."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        self.exact = load(TINY, dtype=torch.float32).cuda().eval()
+        self.rounded = load(TINY, dtype=dtype).cuda().eval()
+
+    @torch.inference_mode()
+    def logits(self, prompt: list[int], completion: list[int]) -> tuple[Tensor, Tensor]:
+        """float32 [len(completion), vocab_size] by the exact and by the rounded model."""
+        tokens = torch.tensor([(prompt + completion)[:-1]], device="cuda")
+        keep = len(completion)
+        return tuple(
+            model(tokens, logits_to_keep=keep, use_cache=False).logits[0].float()
+            for model in (self.exact, self.rounded)
+        )
+
+
+def assert_equal_tokens(
+    reference: GpuReference, prompts: list[list[int]], outputs: list[list[int]]
+) -> tuple[int, int]:
+    """Each token is transformers' choice in the same precision, position by position.
+
+    Another choice counts only where the float32 gap of the two is above the logits' error that
+    rounding makes in transformers itself. Returns the positions, and how many passed by that.
+    """
+    num_positions = num_passed = 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        exact, rounded = reference.logits(prompt, output)
+        error = (rounded - exact).abs().max()
+        chosen = torch.tensor(output, device="cuda")
+        best = rounded.argmax(dim=-1)
+        gaps = exact.gather(1, best[:, None])[:, 0] - exact.gather(1, chosen[:, None])[:, 0]
+        differs = best != chosen
+        assert not bool((differs & (gaps.abs() > error)).any()), f"prompt {prompt}"
+        num_positions += len(output)
+        num_passed += int(differs.sum())
+    return num_positions, num_passed
+
+
+@pytest.fixture
+def clean_gpu() -> Iterator[None]:
+    """Nothing of an earlier test on the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_greedy_tokens_equal_transformers(
+    prompts: list[list[int]], backend: str, dtype: torch.dtype, tally: Tally
+) -> None:
+    options = {"attention_backend": backend, "gpu_memory_utilization": 0.3}
+    with LLM(str(TINY), dtype=name_of(dtype), **options) as llm:
+        outputs = completions(llm, prompts, max_tokens=200)
+    positions, passed = assert_equal_tokens(GpuReference(dtype), prompts, outputs)
+    tally.count(f"GPU {backend} {name_of(dtype)}: positions compared", positions)
+    tally.count(f"GPU {backend} {name_of(dtype)}: near-ties let pass", passed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_do_not_depend_on_scheduling(prompts: list[list[int]], backend: str) -> None:
+    """Chunks, prefix hits and preemption: each run against transformers, as above."""
+    reference = GpuReference(torch.bfloat16)
+    # A long common prefix, so that there are full blocks to share and chunks that see old keys.
+    prefix = random_prompts([600], vocab_size=500, seed=1)[0]
+    longer = [prefix[: 300 + 20 * i] + prompt for i, prompt in enumerate(prompts[:8])]
+    options = {"attention_backend": backend, "max_model_len": 1024, "dtype": "bfloat16"}
+    for special, asked, max_tokens in (
+        ({"max_num_batched_tokens": 64}, longer, 60),
+        ({"max_num_seqs": 7}, longer, 60),
+        ({"num_kvcache_blocks": 7}, prompts[:8], 600),
+    ):
+        with LLM(str(TINY), **options, gpu_memory_utilization=0.3, **special) as llm:
+            outputs = completions(llm, asked, max_tokens=max_tokens)
+            if "num_kvcache_blocks" in special:
+                assert llm.scheduler.num_preemptions > 0
+        assert_equal_tokens(reference, asked, outputs)
+
+
+def test_float32_on_cuda_is_exact(checkpoint: CheckpointFactory) -> None:
+    model = checkpoint(ModelSpec(max_position_embeddings=1024))
+    prompts = random_prompts([1, 15, 16, 17, 255, 256, 257, 700], vocab_size=307, seed=3)
+    exact = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).cuda()
+    with LLM(str(model), dtype="float32", gpu_memory_utilization=0.3) as llm:
+        assert llm.model_runner is not None
+        assert llm.model_runner.backend == "torch"
+        outputs = completions(llm, prompts, max_tokens=64)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = torch.tensor([(prompt + output)[:-1]], device="cuda")
+        with torch.inference_mode():
+            logits = exact(tokens, logits_to_keep=len(output)).logits[0]
+        chosen = logits.gather(1, torch.tensor(output, device="cuda")[:, None])[:, 0]
+        gaps = (logits.max(dim=-1).values - chosen) / logits.abs().max()
+        assert gaps.max() < NEAR_TIE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unwritten_cache_never_reaches_a_result(prompts: list[list[int]], backend: str) -> None:
+    options = {"attention_backend": backend, "gpu_memory_utilization": 0.1}
+    with LLM(str(TINY), **options) as llm:
+        assert llm.model_runner is not None
+        llm.model_runner.kv_cache.zero_()
+        expected = completions(llm, prompts, max_tokens=64)
+        llm.scheduler.start_over([])
+        llm.model_runner.kv_cache.fill_(float("nan"))
+        assert completions(llm, prompts, max_tokens=64) == expected
+
+
+@pytest.mark.parametrize("dtype", [*HALF_DTYPES, torch.float32], ids=name_of)
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (2, 80), (8, 128)])
+def test_store_kvcache_equals_its_twin(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    from nanovllm.kernels.store_kvcache import store_kvcache
+
+    qkv = torch.randn(300, 5 * heads, head_dim, device="cuda", dtype=dtype)
+    key, value = qkv[:, heads : 2 * heads], qkv[:, 3 * heads : 4 * heads]  # strided views
+    slots = torch.randperm(40 * 16, device="cuda")[:300].int()
+    slots[::7] = -1
+    caches = torch.full((4, 40, 16, heads, head_dim), float("nan"), device="cuda", dtype=dtype)
+    store_kvcache(key, value, caches[0], caches[1], slots)
+    store_kvcache_twin(key, value, caches[2], caches[3], slots)
+    bits = caches.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    assert torch.equal(bits[:2], bits[2:])
+    assert torch.isnan(caches[0]).any()
+
+
+def test_store_kvcache_reaches_slots_past_2_to_the_31() -> None:
+    from nanovllm.kernels.store_kvcache import store_kvcache
+
+    num_blocks = (1 << 31) // (256 * 1024) + 2
+    caches = torch.zeros(2, num_blocks, 256, 8, 128, device="cuda", dtype=torch.float16)
+    key, value = torch.randn(2, 1, 8, 128, device="cuda", dtype=torch.float16)
+    last = num_blocks * 256 - 1
+    assert last * 1024 > 1 << 31
+    slots = torch.tensor([last], device="cuda", dtype=torch.int32)
+    store_kvcache(key, value, caches[0], caches[1], slots)
+    assert torch.equal(caches[0, -1, -1], key[0])
+    assert torch.equal(caches[1, -1, -1], value[0])
+
+
+@pytest.mark.usefixtures("clean_gpu")
+def test_pool_is_the_engines_share_of_the_gpu() -> None:
+    """Whatever others hold: it limits what is free, but is not charged to the engine."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    alone = LLM(str(TINY), gpu_memory_utilization=0.3)
+    assert alone.model_runner is not None
+    size = alone.model_runner.kv_cache.nbytes
+    assert 0.25 * total < size <= 0.3 * total
+    alone.exit()
+    someone_elses = torch.empty(int(0.4 * total), dtype=torch.uint8, device="cuda")
+    beside = LLM(str(TINY), gpu_memory_utilization=0.3)
+    assert beside.model_runner is not None
+    assert abs(beside.model_runner.kv_cache.nbytes - size) < 512 * MIB
+    beside.exit()
+    del someone_elses
+
+
+@pytest.mark.usefixtures("clean_gpu")
+def test_two_engines_share_a_gpu_by_halves(prompts: list[list[int]]) -> None:
+    with (
+        LLM(str(TINY), gpu_memory_utilization=0.45) as first,
+        LLM(str(TINY), gpu_memory_utilization=0.45) as second,
+    ):
+        expected = completions(first, prompts[:8], max_tokens=40)
+        assert completions(second, prompts[:8], max_tokens=40) == expected
+        assert completions(first, prompts[:8], max_tokens=40) == expected
+
+
+@pytest.mark.usefixtures("clean_gpu")
+def test_exit_gives_the_memory_back(prompts: list[list[int]]) -> None:
+    with LLM(str(TINY), gpu_memory_utilization=0.5) as llm:  # what the process keeps: libraries
+        completions(llm, prompts[:2], max_tokens=4)
+    before = torch.cuda.memory_allocated()
+    free_before, _ = torch.cuda.mem_get_info()
+    llm = LLM(str(TINY), gpu_memory_utilization=0.5)
+    completions(llm, prompts[:2], max_tokens=4)
+    llm.exit()
+    assert torch.cuda.memory_allocated() == before
+    free_after, _ = torch.cuda.mem_get_info()
+    assert free_before - free_after < 64 * MIB
+
+
+def test_nearly_all_memory_can_be_used(checkpoint: CheckpointFactory) -> None:
+    """gpu_memory_utilization=0.95 leaves room for the largest prefill."""
+    model = checkpoint(ModelSpec(hidden_size=1024, intermediate_size=4096, vocab_size=32000))
+    with LLM(str(model), gpu_memory_utilization=0.95, dtype="bfloat16", max_model_len=1024) as llm:
+        prompts = random_prompts([1000] * 32, vocab_size=32000)
+        assert all(len(output) == 3 for output in completions(llm, prompts, max_tokens=3))
+
+
+@pytest.mark.skipif(not has_flash_attn, reason="no flash-attn")
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("query_lens", "key_lens"),
+    [
+        ([1, 1, 1, 1], [1, 255, 256, 257]),
+        ([1] * 20, [10 + 50 * i for i in range(20)]),
+        ([44, 20], [300, 276]),
+        ([1, 1], [300, 276]),
+        ([1, 20, 43], [301, 20, 555]),
+    ],
+    ids=["decode", "decode-ragged", "chunks", "chunks-of-one", "mixed"],
+)
+def test_flash_attn_equals_float64(
+    query_lens: list[int], key_lens: list[int], head_dim: int, request: pytest.FixtureRequest
+) -> None:
+    """On the paged cache, blocks in random order; ||out - ref|| / ||ref|| of each sequence."""
+    is_prefill = "decode" not in request.node.callspec.id
+    num_heads, num_kv_heads = 8, 2
+    blocks = torch.randperm(64).tolist()
+    tables = [[blocks.pop() for _ in range(-(-length // 256))] for length in key_lens]
+    width = max(map(len, tables))
+
+    def on_gpu(values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, device="cuda", dtype=torch.int32)
+
+    context = Context(
+        is_prefill=is_prefill,
+        slot_mapping=on_gpu([]),
+        query_lens=query_lens,
+        key_lens=key_lens,
+        block_size=256,
+        cu_seqlens_q=on_gpu([0, *accumulate(query_lens)]),
+        cu_seqlens_k=on_gpu([0, *accumulate(key_lens)]),
+        context_lens=on_gpu(key_lens),
+        block_tables=on_gpu([table + [-1] * (width - len(table)) for table in tables]),
+    )
+    cache = torch.randn(2, 64, 256, num_kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(sum(query_lens), num_heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    unused = torch.empty(0)
+
+    def attend(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        k_cache, v_cache = cache.to(dtype)
+        inputs = AttentionInputs(
+            query.to(dtype), unused, unused, k_cache, v_cache, head_dim**-0.5, context
+        )
+        functions = ATTENTION_BACKENDS[backend]
+        out = (functions.prefill if is_prefill else functions.decode)(inputs)
+        return out.double().split(query_lens)
+
+    exact = attend("torch", torch.float64)
+    for out, ref in zip(attend("flash_attn", torch.bfloat16), exact, strict=True):
+        assert (out - ref).norm() / ref.norm() < 5e-3

@@ -1,0 +1,78 @@
+"""What the repository promises: commands that work, one version, lint and types."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import nanovllm
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert command.endswith("-m pytest")
+    assert f"```bash\n{command}\n```" in (ROOT / "README.md").read_text()
+
+
+def test_readme_names_every_option_and_default() -> None:
+    from dataclasses import fields
+
+    from nanovllm import SamplingParams
+    from nanovllm.config import Config
+
+    readme = (ROOT / "README.md").read_text().replace('"', "")
+    for field in [*fields(SamplingParams), *fields(Config)]:
+        if field.init and field.name != "model":
+            default = field.default if isinstance(field.default, str) else f"{field.default}"
+            row = rf"\| `{field.name}` \| `?{re.escape(default)}`? \|"
+            assert re.search(row, readme), f"{field.name} = {default}"
+
+
+def test_lint_and_format() -> None:
+    for arguments in (["check"], ["format", "--check"]):
+        result = run(sys.executable, "-m", "ruff", *arguments, ".")
+        assert result.returncode == 0, result.stdout
+
+
+def test_bookkeeping_passes_strict_type_checks() -> None:
+    targets = ["nanovllm/engine", "nanovllm/config.py", "nanovllm/sampling_params.py"]
+    result = run(sys.executable, "-m", "mypy", "--strict", *targets)
+    assert result.returncode == 0, result.stdout
+
+
+def test_requirements_satisfy_what_the_package_claims() -> None:
+    """Every pin lies in the range that pyproject.toml gives, and none is missing."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    versions = {pin.name: str(pin.specifier).removeprefix("==") for pin in pins}
+    extras = project["optional-dependencies"]["test"]
+    for requirement in map(Requirement, [*project["dependencies"], *extras]):
+        assert requirement.specifier.contains(versions[requirement.name]), requirement
+
+
+def test_wheel_holds_the_whole_package(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a build leaves files beside what it builds
+    shutil.copytree(ROOT / "nanovllm", source / "nanovllm")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w"]
+    result = run(sys.executable, *command, str(tmp_path), str(source))
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert f"nanovllm-{nanovllm.__version__}-" in wheel.name
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "nanovllm").rglob("*.py")}
+    assert sources | {"nanovllm/py.typed"} <= names
+    assert not any(name.startswith(("tests/", "assets/")) for name in names)
