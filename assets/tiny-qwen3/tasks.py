@@ -4,7 +4,7 @@ Pure Python, so that training, the tests and an evaluation through any engine dr
 instances. A few prompts are learned by heart (MEMORISED). In the FAMILIES about one prompt in
 five is held out of training, chosen by a hash of the prompt.
 
-    held_out("add", 100)    ->  [Sample(prompt="what is 70 + 19?", answer="89"), ...]
+    held_out("add", 100)    ->  [Sample(prompt="what is 45 + 86?", answer="131"), ...]
 """
 
 import random
@@ -60,8 +60,8 @@ def word(rng: random.Random) -> str:
 
 def primes_between(low: int, high: int) -> list[int]:
     """The primes p with low <= p <= high."""
-    numbers = range(max(low, 2), high + 1)
-    return [n for n in numbers if all(n % d for d in range(2, int(n**0.5) + 1))]
+    candidates = range(max(low, 2), high + 1)
+    return [n for n in candidates if all(n % d for d in range(2, int(n**0.5) + 1))]
 
 
 def introduce(rng: random.Random) -> Sample:
