@@ -294,7 +294,12 @@ class Comparison:
 
 
 class Reference:
-    """The same checkpoint in transformers, whole sequences at a time, without a KV cache."""
+    """The same checkpoint in transformers, fed whole sequences, without a KV cache.
+
+    One forward pass over prompt and completion tells what it would have said at each position, so
+    comparing with greedy decoding costs no decoding. Logits are kept, since the same completion
+    comes back from every way of scheduling.
+    """
 
     def __init__(self, model: Path, dtype: torch.dtype = torch.float32) -> None:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
@@ -314,8 +319,8 @@ class Reference:
     def compare(self, prompt: list[int], completion: list[int]) -> Comparison:
         """Check by teacher forcing that each token of a completion is the reference's choice.
 
-        A token may lose to the best one by less than NEAR_TIE of the logits' scale; the answer
-        says how often that was so. Logits errors are left to `compare_logits`.
+        A token may lose to the best one by less than NEAR_TIE of the logits' scale: the answer
+        says how many positions were let pass so. The logits' error is left at 0.
 
         Raises:
             AssertionError: a token is not the reference's choice.

@@ -29,8 +29,8 @@ def test_bench_prints_throughput_and_share_of_the_floor(
     monkeypatch.setattr(sys, "argv", argv)
     bench.main()
     printed = capsys.readouterr().out
-    assert len(re.findall(r"Total: 32tok, Time: [\d.]+s, Throughput: [\d.]+tok/s", printed)) == 2
-    assert len(re.findall(r"7 decode steps, 1 prefill steps.*reached: [\d.]+%", printed)) == 2
+    assert len(re.findall(r"Total: 32tok, Time: [\d.]+s, Throughput: [\d.]+tok/s", printed)) == 3
+    assert len(re.findall(r"7 decode steps, 1 prefill steps.*reached: [\d.]+%", printed)) == 3
     assert re.search(r"linear layers +[\d.]+s +\d+ calls", printed)
 
 

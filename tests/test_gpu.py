@@ -16,8 +16,7 @@ from conftest import NEAR_TIE, CheckpointFactory, ModelSpec, Tally, completions,
 from torch import Tensor
 
 from nanovllm import LLM
-from nanovllm.layers.attention import BACKENDS as ATTENTION_BACKENDS
-from nanovllm.layers.attention import AttentionInputs
+from nanovllm.layers.attention import AttentionInputs, Backend
 from nanovllm.layers.attention import store_kvcache as store_kvcache_twin
 from nanovllm.utils.context import Context
 
@@ -30,6 +29,7 @@ BACKENDS = [
     pytest.param(
         "flash_attn", marks=pytest.mark.skipif(not has_flash_attn, reason="no flash-attn")
     ),
+    "triton",
     "torch",
 ]
 HALF_DTYPES = [torch.bfloat16, torch.float16]
@@ -157,7 +157,7 @@ def test_float32_on_cuda_is_exact(checkpoint: CheckpointFactory) -> None:
     exact = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).cuda()
     with LLM(str(model), dtype="float32", gpu_memory_utilization=0.3) as llm:
         assert llm.model_runner is not None
-        assert llm.model_runner.backend == "torch"
+        assert llm.model_runner.backend == Backend("torch", "torch")
         outputs = completions(llm, prompts, max_tokens=64)
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = torch.tensor([(prompt + output)[:-1]], device="cuda")
@@ -307,7 +307,7 @@ def test_flash_attn_equals_float64(
         inputs = AttentionInputs(
             query.to(dtype), unused, unused, k_cache, v_cache, head_dim**-0.5, context
         )
-        functions = ATTENTION_BACKENDS[backend]
+        functions = Backend(backend, backend)
         out = (functions.prefill if is_prefill else functions.decode)(inputs)
         return out.double().split(query_lens)
 

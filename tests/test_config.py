@@ -1,0 +1,498 @@
+"""Options and config.json: what is allowed, what it means, what is refused and how."""
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.config import Config, ModelConfig
+from nanovllm.utils import memory
+
+QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 5000,
+}
+
+ConfigFactory = Callable[..., Path]
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> ConfigFactory:
+    """model_dir(key=value, ...) -> a directory with config.json; ... (Ellipsis) removes a key."""
+
+    def make(**changes: object) -> Path:
+        raw = {key: value for key, value in (QWEN3 | changes).items() if value is not ...}
+        (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+        return tmp_path
+
+    return make
+
+
+def model_config(**changes: object) -> ModelConfig:
+    raw = QWEN3 | changes
+    return ModelConfig.from_dict({key: value for key, value in raw.items() if value is not ...})
+
+
+def mentions(*parts: object) -> str:
+    """A pattern that finds all of `parts`, in any order."""
+    return "(?s)" + "".join(f"(?=.*{re.escape(str(part))})" for part in parts)
+
+
+# --- engine options --------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_nano_vllm(model_dir: ConfigFactory) -> None:
+    config = Config(str(model_dir()))
+    assert config.max_num_batched_tokens == 16384
+    assert config.max_num_seqs == 512
+    assert config.max_model_len == 4096
+    assert config.gpu_memory_utilization == 0.95
+    assert config.enforce_eager is False
+    assert config.kvcache_block_size == 256
+    assert config.num_kvcache_blocks == -1
+    assert config.eos == -1
+    assert config.tensor_parallel_size == 1
+    assert config.device == "auto"
+    assert config.dtype == "auto"
+    assert config.attention_backend == "auto"
+    assert config.load_format == "auto"
+
+
+BAD_OPTIONS: list[tuple[str, object, type[Exception], str]] = [
+    ("max_num_batched_tokens", 0, ValueError, ">= 1"),
+    ("max_num_batched_tokens", -5, ValueError, ">= 1"),
+    ("max_num_batched_tokens", 1e4, TypeError, "int"),
+    ("max_num_batched_tokens", True, TypeError, "int"),
+    ("max_num_seqs", 0, ValueError, ">= 1"),
+    ("max_num_seqs", "8", TypeError, "int"),
+    ("max_num_seqs", None, TypeError, "int"),
+    ("max_model_len", 1, ValueError, ">= 2"),
+    ("max_model_len", -1, ValueError, ">= 2"),
+    ("max_model_len", 100.0, TypeError, "int"),
+    ("gpu_memory_utilization", 1.01, ValueError, "between 0 and 1"),
+    ("gpu_memory_utilization", -0.1, ValueError, "between 0 and 1"),
+    ("gpu_memory_utilization", float("nan"), ValueError, "between 0 and 1"),
+    ("gpu_memory_utilization", float("inf"), ValueError, "between 0 and 1"),
+    ("gpu_memory_utilization", "0.9", TypeError, "number"),
+    ("gpu_memory_utilization", True, TypeError, "number"),
+    ("enforce_eager", 1, TypeError, "True or False"),
+    ("enforce_eager", "yes", TypeError, "True or False"),
+    ("enforce_eager", None, TypeError, "True or False"),
+    ("tensor_parallel_size", 0, ValueError, "1"),
+    ("tensor_parallel_size", 2.0, TypeError, "int"),
+    ("kvcache_block_size", 0, ValueError, ">= 16"),
+    ("kvcache_block_size", 8, ValueError, ">= 16"),
+    ("kvcache_block_size", 100, ValueError, "multiple of 16"),
+    ("kvcache_block_size", 256.0, TypeError, "int"),
+    ("num_kvcache_blocks", 0, ValueError, ">= 1"),
+    ("num_kvcache_blocks", -2, ValueError, "-1"),
+    ("num_kvcache_blocks", None, TypeError, "int"),
+    ("eos", -2, ValueError, ">= -1"),
+    ("eos", [1, 2], TypeError, "int"),
+    ("device", "gpu", ValueError, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
+    ("device", "cuda:x", ValueError, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
+    ("device", "cuda:", ValueError, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
+    ("device", "cuda:-1", ValueError, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
+    ("device", None, ValueError, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
+    ("dtype", "float64", ValueError, "'float32', 'float16', 'bfloat16'"),
+    ("dtype", torch.float16, ValueError, "'float32', 'float16', 'bfloat16'"),
+    ("dtype", None, ValueError, "'float32', 'float16', 'bfloat16'"),
+    ("attention_backend", "xformers", ValueError, "'torch'"),
+    ("attention_backend", None, ValueError, "'flash_attn'"),
+    ("load_format", "pt", ValueError, "'auto', 'dummy'"),
+    ("load_format", ["dummy"], ValueError, "'auto', 'dummy'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "allowed"), BAD_OPTIONS)
+def test_a_bad_option_is_refused_with_its_value_and_what_is_allowed(
+    name: str, value: object, error: type[Exception], allowed: str, model_dir: ConfigFactory
+) -> None:
+    shown = value if isinstance(value, (int, float)) else repr(value)
+    with pytest.raises(error, match=mentions(name, shown, allowed)):
+        LLM(str(model_dir()), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"device": "cpu"}, ["needs CUDA", "'cpu'"]),
+        ({"dtype": "float32"}, ["float16 or bfloat16", "'float32'"]),
+        ({"kvcache_block_size": 272}, ["multiple of 256", "272"]),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_flash_attn_are_refused(
+    options: dict[str, Any], parts: list[str], model_dir: ConfigFactory
+) -> None:
+    with pytest.raises(ValueError, match=mentions("attention_backend='flash_attn'", *parts)):
+        LLM(str(model_dir()), attention_backend="flash_attn", **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "suggestion"),
+    [
+        ("max_model_length", "max_model_len"),
+        ("kv_cache_block_size", "kvcache_block_size"),
+        ("max_num_seq", "max_num_seqs"),
+        ("enforce_eagre", "enforce_eager"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_one_that_is_like_it(
+    option: str, suggestion: str, model_dir: ConfigFactory
+) -> None:
+    with pytest.raises(TypeError, match=mentions(repr(option), repr(suggestion))):
+        LLM(str(model_dir()), **{option: 1})
+
+
+def test_an_unknown_option_like_no_other_is_refused_with_all_there_are(
+    model_dir: ConfigFactory,
+) -> None:
+    with pytest.raises(TypeError, match=mentions("'quux'", "max_num_seqs", "load_format")):
+        LLM(str(model_dir()), quux=1)
+
+
+@pytest.mark.parametrize("name", ["model_dir", "model_config"])
+def test_what_is_derived_is_no_option(name: str, model_dir: ConfigFactory) -> None:
+    with pytest.raises(TypeError, match=name):
+        LLM(str(model_dir()), **{name: None})
+
+
+# --- config.json of transformers 4 and 5 -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 5e5},
+        {"rope_theta": 500000, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1.0},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "default"}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "default"}},
+    ],
+    ids=str,
+)
+def test_rope_theta_is_read_in_both_spellings(keys: dict[str, Any]) -> None:
+    assert model_config(**keys).rope_theta == 5e5
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_checkpoints_dtype_is_read_in_both_spellings(key: str, dtype: str) -> None:
+    assert model_config(**{key: dtype}).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float64", "int8"])
+def test_a_checkpoint_in_another_dtype_is_refused(dtype: str) -> None:
+    with pytest.raises(ValueError, match=mentions(dtype, "float32, float16, bfloat16")):
+        model_config(torch_dtype=dtype)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Qwen2ForCausalLM"])
+def test_keys_that_config_json_leaves_out_have_the_defaults_of_transformers(
+    architecture: str,
+) -> None:
+    optional = {"head_dim", "max_position_embeddings", "num_key_value_heads"}
+    sizes = {key: value for key, value in QWEN3.items() if key not in optional}
+    sizes |= {"architectures": [architecture], "num_key_value_heads": None, "hidden_size": 64}
+    config = ModelConfig.from_dict(sizes)
+    is_qwen3 = architecture == "Qwen3ForCausalLM"
+    kind = transformers.Qwen3Config if is_qwen3 else transformers.Qwen2Config
+    expected = kind(**sizes)
+    head_dim = getattr(expected, "head_dim", None) or 64 // expected.num_attention_heads
+    assert config.head_dim == head_dim
+    assert config.num_kv_heads == expected.num_key_value_heads == 4
+    assert config.max_position_embeddings == expected.max_position_embeddings
+    assert config.rms_norm_eps == expected.rms_norm_eps
+    assert config.rope_theta == expected.rope_parameters["rope_theta"]
+    assert config.tie_word_embeddings == expected.tie_word_embeddings
+    assert config.eos_token_ids == frozenset()
+
+
+@pytest.mark.parametrize("key", sorted(set(QWEN3) - {"architectures", "max_position_embeddings"}))
+def test_a_size_that_is_impossible_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=mentions(key, 0)):
+        model_config(**{key: 0})
+
+
+@pytest.mark.parametrize("value", [-1e-6, 0, float("nan")])
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
+def test_a_constant_that_is_impossible_is_refused(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=mentions(key, value)):
+        model_config(**{key: value})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"],
+)
+def test_a_size_that_is_missing_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=f"config.json has no {key}"):
+        model_config(**{key: ...})
+
+
+def test_query_heads_that_cannot_share_kv_heads_evenly_are_refused() -> None:
+    with pytest.raises(ValueError, match=mentions("num_key_value_heads", 4, 3)):
+        model_config(num_key_value_heads=3)
+
+
+def test_an_odd_head_dim_is_refused() -> None:
+    with pytest.raises(ValueError, match=mentions("head_dim", 17)):
+        model_config(head_dim=17)
+
+
+@pytest.mark.parametrize(
+    ("eos_token_id", "expected"), [(None, set()), (7, {7}), ([7, 9], {7, 9}), (0, {0})], ids=str
+)
+def test_eos_token_id_may_be_one_id_or_a_list(
+    eos_token_id: int | list[int] | None, expected: set[int]
+) -> None:
+    assert model_config(eos_token_id=eos_token_id).eos_token_ids == expected
+
+
+def test_qwen2_has_qkv_biases_and_no_qk_norm() -> None:
+    config = model_config(architectures=["Qwen2ForCausalLM"])
+    assert (config.qkv_bias, config.output_bias, config.qk_norm) == (True, False, False)
+
+
+@pytest.mark.parametrize("attention_bias", [False, True])
+def test_qwen3_has_qk_norm_and_biases_where_it_says_so(attention_bias: bool) -> None:
+    config = model_config(attention_bias=attention_bias)
+    assert config.qk_norm
+    assert (config.qkv_bias, config.output_bias) == (attention_bias, attention_bias)
+
+
+# --- what is not implemented -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "architectures", [["LlamaForCausalLM"], ["Qwen3MoeForCausalLM"], [], None, ...], ids=str
+)
+def test_another_architecture_is_refused_with_the_supported_ones(
+    architectures: object, model_dir: ConfigFactory
+) -> None:
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    supported = "Qwen3ForCausalLM and Qwen2ForCausalLM"
+    with pytest.raises(ValueError, match=mentions(repr(name), supported)):
+        LLM(str(model_dir(architectures=architectures)))
+
+
+ROPE_SCALINGS: list[tuple[dict[str, Any], str]] = [
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_theta": 1e6}, "dynamic"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "llama3"),
+    ({"rope_parameters": {"type": "linear", "rope_theta": 1e6, "factor": 2.0}}, "linear"),
+    ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+]
+
+
+@pytest.mark.parametrize(("keys", "kind"), ROPE_SCALINGS, ids=str)
+def test_rope_scaling_is_refused(keys: dict[str, Any], kind: str, model_dir: ConfigFactory) -> None:
+    with pytest.raises(ValueError, match=mentions(kind, next(iter(keys)), "not implemented")):
+        LLM(str(model_dir(**keys)))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"use_sliding_window": True, "sliding_window": 4096},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+    ],
+    ids=str,
+)
+def test_sliding_windows_are_refused(keys: dict[str, Any], model_dir: ConfigFactory) -> None:
+    with pytest.raises(ValueError, match=r"sliding-window attention .* not implemented"):
+        LLM(str(model_dir(**keys)))
+
+
+def test_sliding_windows_that_are_off_are_no_matter() -> None:
+    layer_types = ["full_attention"] * 2
+    model_config(use_sliding_window=False, sliding_window=4096, layer_types=layer_types)
+
+
+def test_quantised_checkpoints_are_refused(model_dir: ConfigFactory) -> None:
+    config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match=mentions("gptq", "not implemented")):
+        LLM(str(model_dir(quantization_config=config)))
+
+
+def test_another_activation_is_refused(model_dir: ConfigFactory) -> None:
+    with pytest.raises(ValueError, match=mentions("'gelu'", "'silu'")):
+        LLM(str(model_dir(hidden_act="gelu")))
+
+
+# --- lengths and the KV pool -----------------------------------------------------------------
+
+
+def dummy(model_dir: Path, **options: Any) -> LLM:
+    options = {"device": "cpu", "load_format": "dummy", "max_num_seqs": 4} | options
+    return LLM(str(model_dir), **options)
+
+
+def num_blocks(llm: LLM) -> int:
+    assert llm.model_runner is not None
+    return llm.model_runner.num_blocks
+
+
+def test_max_model_len_is_cut_to_the_models_with_a_warning(
+    model_dir: ConfigFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="nanovllm"):
+        config = Config(str(model_dir(max_position_embeddings=1000)), max_model_len=2000)
+    assert config.max_model_len == 1000
+    [warning] = caplog.records
+    assert warning.name == "nanovllm"
+    assert re.search(mentions("max_model_len", 2000, 1000), warning.getMessage())
+
+
+def test_max_model_len_of_the_models_own_length_gives_no_warning(
+    model_dir: ConfigFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config(str(model_dir(max_position_embeddings=1000)), max_model_len=1000)
+    assert config.max_model_len == 1000
+    assert not caplog.records
+
+
+def test_a_pool_too_small_for_one_sequence_is_refused_with_what_would_fit(
+    model_dir: ConfigFactory,
+) -> None:
+    expected = mentions("3 blocks of 16", "max_model_len=49", "4 blocks", "max_model_len <= 48")
+    with pytest.raises(ValueError, match=expected):
+        dummy(model_dir(), max_model_len=49, kvcache_block_size=16, num_kvcache_blocks=3)
+
+
+def test_a_pool_just_large_enough_for_one_sequence_is_taken(model_dir: ConfigFactory) -> None:
+    options = {"max_model_len": 48, "kvcache_block_size": 16, "num_kvcache_blocks": 3}
+    with dummy(model_dir(), **options) as llm:
+        params = SamplingParams(max_tokens=100, ignore_eos=True)
+        [output] = llm.generate([[1] * 20], params, use_tqdm=False)
+        assert len(output["token_ids"]) == 28
+
+
+def test_on_a_cpu_the_pool_is_what_the_largest_batch_needs(model_dir: ConfigFactory) -> None:
+    with dummy(model_dir(), max_model_len=100, max_num_seqs=5, kvcache_block_size=16) as llm:
+        assert num_blocks(llm) == 5 * 7
+        assert llm.model_runner is not None
+        assert list(llm.model_runner.kv_cache.shape) == [2, 2, 35, 16, 2, 16]
+
+
+def test_on_a_cpu_the_pool_is_at_most_a_quarter_of_the_free_memory(
+    model_dir: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block_bytes = 2 * 2 * 16 * 2 * 16 * 4  # K and V, layers, positions, heads, head_dim, float32
+    monkeypatch.setattr(memory, "free_cpu_memory", lambda: 4 * (20 * block_bytes) + 3)
+    with dummy(model_dir(), max_model_len=100, max_num_seqs=5, kvcache_block_size=16) as llm:
+        assert num_blocks(llm) == 20
+
+
+def test_on_a_cpu_the_pool_is_at_most_4_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_cpu_memory", lambda: 1 << 40)
+    assert memory.cpu_pool_budget() == 4 << 30
+
+
+def test_too_little_free_memory_for_one_sequence_is_refused_with_what_would_fit(
+    model_dir: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block_bytes = 2 * 2 * 16 * 2 * 16 * 4
+    monkeypatch.setattr(memory, "free_cpu_memory", lambda: 4 * (6 * block_bytes))
+    expected = mentions("6 blocks of 16", "max_model_len=100", "7 blocks", "max_model_len <= 96")
+    with pytest.raises(ValueError, match=expected):
+        dummy(model_dir(), max_model_len=100, kvcache_block_size=16)
+
+
+def test_the_free_memory_is_some_gibibytes_at_least() -> None:
+    assert memory.free_cpu_memory() > 1 << 28
+
+
+def test_the_size_of_the_pool_is_logged_at_start_up(
+    model_dir: ConfigFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="nanovllm"):
+        dummy(model_dir(), max_model_len=100, max_num_seqs=5, kvcache_block_size=16).exit()
+    messages = [record.getMessage() for record in caplog.records if record.name == "nanovllm"]
+    assert any("35 blocks of 16 tokens = 560 tokens" in message for message in messages)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no CUDA GPU")
+def test_cuda_without_a_gpu_is_refused(model_dir: ConfigFactory) -> None:
+    with pytest.raises(ValueError, match=mentions("device='cuda'", "no CUDA GPU")):
+        dummy(model_dir(), device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
+)
+def test_on_a_cpu_the_dtype_is_float32_unless_asked_for_another(
+    option: str, expected: torch.dtype, model_dir: ConfigFactory
+) -> None:
+    with dummy(model_dir(torch_dtype="bfloat16"), dtype=option, max_model_len=32) as llm:
+        assert llm.model_runner is not None
+        assert {p.dtype for p in llm.model_runner.model.parameters()} == {expected}
+        assert llm.model_runner.kv_cache.dtype == expected
+
+
+# --- sampling parameters ---------------------------------------------------------------------
+
+
+def test_sampling_defaults_are_those_of_nano_vllm() -> None:
+    params = SamplingParams()
+    assert (params.temperature, params.max_tokens, params.ignore_eos) == (1.0, 64, False)
+
+
+BAD_SAMPLING: list[tuple[str, object, type[Exception], str]] = [
+    ("temperature", -0.1, ValueError, ">= 0"),
+    ("temperature", float("nan"), ValueError, ">= 0"),
+    ("temperature", float("inf"), ValueError, "finite"),
+    ("temperature", float("-inf"), ValueError, "finite"),
+    ("temperature", "1.0", TypeError, "number"),
+    ("temperature", True, TypeError, "number"),
+    ("temperature", None, TypeError, "number"),
+    ("max_tokens", 0, ValueError, ">= 1"),
+    ("max_tokens", -1, ValueError, ">= 1"),
+    ("max_tokens", 10.0, TypeError, "int"),
+    ("max_tokens", float("inf"), TypeError, "int"),
+    ("max_tokens", True, TypeError, "int"),
+    ("max_tokens", "10", TypeError, "int"),
+    ("max_tokens", None, TypeError, "int"),
+    ("ignore_eos", 1, TypeError, "True or False"),
+    ("ignore_eos", "no", TypeError, "True or False"),
+    ("ignore_eos", None, TypeError, "True or False"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "allowed"), BAD_SAMPLING)
+def test_a_bad_sampling_parameter_is_refused_with_its_value_and_what_is_allowed(
+    name: str, value: object, error: type[Exception], allowed: str
+) -> None:
+    shown = value if isinstance(value, (int, float)) else repr(value)
+    with pytest.raises(error, match=mentions(name, shown, allowed)):
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+def test_sampling_parameters_take_whole_numbers_as_temperature() -> None:
+    assert SamplingParams(temperature=0).temperature == 0
+    assert SamplingParams(temperature=2).temperature == 2
+
+
+def test_an_unknown_sampling_parameter_is_refused() -> None:
+    with pytest.raises(TypeError, match="top_q"):
+        SamplingParams(top_q=0.9)  # type: ignore[call-arg]

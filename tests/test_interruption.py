@@ -1,0 +1,504 @@
+"""After an exception or Ctrl-C anywhere in a step, the engine is as if it had not happened.
+
+Two kinds of faults are planted: an exception in the k-th call of one of the engine's parts, before
+or after it has done its work, and KeyboardInterrupt at the k-th place where Python may raise it.
+"""
+
+import contextlib
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dis import opname
+from itertools import count
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import Tally
+from tqdm import tqdm
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine import block_manager, llm_engine, model_runner, scheduler, sequence
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.model_runner import Launched, ModelRunner
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+
+VOCAB_SIZE = 200
+MAX_MODEL_LEN = 64
+
+Completions = list[list[int]]
+
+
+def make_prompt(seed: int, num_tokens: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB_SIZE) for _ in range(num_tokens)]
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens)
+
+
+# Prompts in chunks, a shared block, growth into new blocks and, with so small a pool, preemption.
+COMMON = make_prompt(0, 16)
+OWN = [make_prompt(1, 15), make_prompt(2, 15), COMMON + make_prompt(3, 14), [5]]
+OWN_PARAMS = [
+    greedy(19),
+    greedy(19),
+    greedy(3),
+    SamplingParams(temperature=1.0, max_tokens=3, ignore_eos=True),  # its tokens are not compared
+]
+OTHERS = [COMMON + make_prompt(4, 2), make_prompt(5, 29), make_prompt(6, 3)]
+OTHER_PARAMS = [greedy(4), greedy(5), greedy(3)]
+
+
+class Expected(NamedTuple):
+    """Completions of the greedy requests."""
+
+    own: Completions
+    others: Completions
+
+
+class Fault(Exception):
+    """What a planted fault raises."""
+
+
+# --- the engine under test -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=MAX_MODEL_LEN,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    path = tmp_path_factory.mktemp("tiny")
+    Qwen3ForCausalLM(config).float().save_pretrained(path)
+    return path
+
+
+def make_llm(model_dir: Path, eos: int) -> LLM:
+    return LLM(
+        str(model_dir),
+        device="cpu",
+        max_model_len=MAX_MODEL_LEN,
+        kvcache_block_size=16,
+        num_kvcache_blocks=5,
+        max_num_seqs=4,
+        max_num_batched_tokens=24,
+        eos=eos,
+    )
+
+
+@pytest.fixture(scope="module")
+def stop_id(model_dir: Path) -> int:
+    """An id that one of the requests generates before its last token."""
+    with make_llm(model_dir, eos=-1) as llm:
+        (out,) = llm.generate([OTHERS[1]], OTHER_PARAMS[1], use_tqdm=False)
+    return int(out["token_ids"][2])
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path, stop_id: int) -> Expected:
+    """What each request gives when it is alone."""
+    with make_llm(model_dir, stop_id) as llm:
+        own, others = (
+            [generate(llm, [p], [s])[0] for p, s in zip(prompts, params, strict=True)]
+            for prompts, params in ((OWN, OWN_PARAMS), (OTHERS, OTHER_PARAMS))
+        )
+    assert others[1][-1] == stop_id
+    assert len(others[0]) == 4
+    return Expected(own[:-1], others)
+
+
+@pytest.fixture
+def llm(model_dir: Path, stop_id: int) -> Iterator[LLM]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make_llm(model_dir, stop_id)
+    torch.set_num_threads(num_threads)
+
+
+def generate(llm: LLM, prompts: Completions, params: list[SamplingParams]) -> Completions:
+    return [out["token_ids"] for out in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def add_all(llm: LLM, prompts: Completions, params: list[SamplingParams]) -> list[int]:
+    return [llm.add_request(p, s) for p, s in zip(prompts, params, strict=True)]
+
+
+def finish(
+    llm: LLM, seq_ids: list[int], passed_over: type[BaseException] | tuple[()] = ()
+) -> Completions:
+    """The user's own loop, which may pass over exceptions."""
+    results: dict[int, list[int]] = {}
+    for _ in range(200):
+        try:
+            if llm.is_finished():
+                break
+            results |= llm.step()[0]
+        except passed_over:
+            pass
+    return [results[seq_id] for seq_id in seq_ids]
+
+
+def add_every_request(llm: LLM) -> list[int]:
+    return add_all(llm, OWN + OTHERS, OWN_PARAMS + OTHER_PARAMS)
+
+
+def forget_prefixes(llm: LLM) -> None:
+    """Empty the prefix cache, so that the same requests take the same steps again."""
+    llm.scheduler.start_over([])
+
+
+def assert_no_trace(llm: LLM) -> None:
+    """No request is known, queued or reported late, and the pool is free."""
+    manager = llm.scheduler.block_manager
+    assert llm.is_finished()
+    assert manager.num_free_blocks == manager.num_blocks
+    assert llm.step() == ([], 0)
+
+
+def assert_works(llm: LLM, expected: Expected) -> None:
+    assert_no_trace(llm)
+    assert generate(llm, OWN, OWN_PARAMS)[:-1] == expected.own
+    assert_no_trace(llm)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_the_requests_preempt_one_another_and_share_prefixes(llm: LLM, others: bool) -> None:
+    """So that a fault can hit these as well."""
+    seq_ids = add_every_request(llm) if others else add_all(llm, OWN, OWN_PARAMS)
+    seqs = list(llm.scheduler.waiting)
+    finish(llm, seq_ids)
+    assert llm.scheduler.num_preemptions > 0
+    assert any(seq.num_cached_tokens for seq in seqs) == others
+
+
+# --- faults at calls -------------------------------------------------------------------------
+
+PARTS: list[tuple[Any, str]] = [
+    (Scheduler, "add"),
+    (tqdm, "update"),
+    (Scheduler, "schedule"),
+    (Scheduler, "postprocess"),
+    (BlockManager, "allocate"),
+    (BlockManager, "append_block"),
+    (BlockManager, "publish"),
+    (BlockManager, "deallocate"),
+    (ModelRunner, "launch"),
+    (Qwen3ForCausalLM, "forward"),
+    (Launched, "token_ids"),
+]
+PART_NAMES = [f"{owner.__name__.split('.')[-1]}.{name}" for owner, name in PARTS]
+each_part = pytest.mark.parametrize(("owner", "name"), PARTS, ids=PART_NAMES)
+each_part_of_a_step = pytest.mark.parametrize(("owner", "name"), PARTS[2:], ids=PART_NAMES[2:])
+before_and_after = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+
+
+@contextmanager
+def fault_at_call(owner: Any, name: str, k: int, after: bool) -> Iterator[Counter[str]]:
+    """Raise Fault in the k-th call (none if k is 0), before or after it has done its work."""
+    real = getattr(owner, name)
+    seen: Counter[str] = Counter()
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        seen["calls"] += 1
+        is_faulty = seen["calls"] == k
+        seen["faults"] += is_faulty
+        if is_faulty and not after:
+            raise Fault
+        result = real(*args, **kwargs)
+        if is_faulty:
+            raise Fault
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, faulty)
+        yield seen
+
+
+Action = Callable[[int], Counter[str]]
+"""Does something with a fault planted at place k (nowhere if k is 0), and gives the counts."""
+
+
+def random_places(action: Action, what: str, num_places: int, seed: str) -> list[int]:
+    """Places where a fault can be planted in an action."""
+    num_all = action(0)[what]
+    assert num_all > 1
+    return random.Random(seed).sample(range(1, num_all + 1), min(num_places, num_all))
+
+
+@each_part
+@before_and_after
+def test_an_exception_in_generate_leaves_no_trace(
+    llm: LLM, expected: Expected, owner: Any, name: str, after: bool, tally: Tally
+) -> None:
+    def action(k: int) -> Counter[str]:
+        forget_prefixes(llm)
+        with fault_at_call(owner, name, k, after) as seen, contextlib.suppress(Fault):
+            generate(llm, OWN, OWN_PARAMS)
+        return seen
+
+    for k in random_places(action, "calls", 3, f"{name} {after}"):
+        assert action(k)["faults"] == 1
+        tally.count("interruption: exceptions in generate")
+        assert_works(llm, expected)
+
+
+@each_part
+@before_and_after
+def test_requests_queued_before_survive_an_exception_in_generate(
+    llm: LLM, expected: Expected, owner: Any, name: str, after: bool, tally: Tally
+) -> None:
+    def action(k: int) -> Counter[str]:
+        forget_prefixes(llm)
+        seq_ids = add_all(llm, OTHERS, OTHER_PARAMS)
+        with fault_at_call(owner, name, k, after) as seen, contextlib.suppress(Fault):
+            generate(llm, OWN, OWN_PARAMS)
+        assert finish(llm, seq_ids) == expected.others
+        return seen
+
+    for k in random_places(action, "calls", 3, f"{name} {after}"):
+        assert action(k)["faults"] == 1
+        tally.count("interruption: exceptions in generate beside others")
+        assert_works(llm, expected)
+
+
+@each_part_of_a_step
+@before_and_after
+def test_a_loop_over_step_goes_on_after_an_exception(
+    llm: LLM, expected: Expected, owner: Any, name: str, after: bool, tally: Tally
+) -> None:
+    def action(k: int) -> Counter[str]:
+        forget_prefixes(llm)
+        seq_ids = add_every_request(llm)
+        with fault_at_call(owner, name, k, after) as seen:
+            completions = finish(llm, seq_ids, Fault)
+        assert completions[: len(OWN) - 1] == expected.own
+        assert completions[len(OWN) :] == expected.others
+        return seen
+
+    for k in random_places(action, "calls", 3, f"{name} {after}"):
+        assert action(k)["faults"] == 1
+        tally.count("interruption: exceptions in step")
+        assert_works(llm, expected)
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------
+
+FILES = [
+    str(module.__file__)
+    for module in (llm_engine, scheduler, block_manager, sequence, model_runner, contextlib)
+]
+BOOKKEEPING = (*FILES[:4], FILES[5])
+LOOK_FOR_SIGNALS = ("RESUME", "CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD")
+
+
+@contextmanager
+def interrupt_at(k: int, *files: str) -> Iterator[Counter[str]]:
+    """Raise KeyboardInterrupt at the k-th place (none if k is 0) in `files` where Ctrl-C may.
+
+    Python looks for signals when a function begins, after a call and before a loop's next round.
+    Places in `step` itself are left out: what it is about to give is lost with it. Those in
+    contextlib count where the engine calls it.
+    """
+    seen: Counter[str] = Counter()
+
+    def on_call(frame: FrameType, event: str, arg: object) -> Any:
+        code, caller = frame.f_code, frame.f_back
+        if code.co_filename not in files or code.co_name == "step":
+            return None
+        if code.co_filename == contextlib.__file__ and (
+            caller is None or caller.f_code.co_filename not in FILES[:4]
+        ):
+            return None
+        names = [opname[byte] for byte in code.co_code]
+        last = -1
+
+        def on_bytecode(frame: FrameType, event: str, arg: object) -> Any:
+            nonlocal last
+            if event != "opcode":
+                return on_bytecode
+            has_looked = last < 0 or names[last].startswith(LOOK_FOR_SIGNALS)
+            last = frame.f_lasti
+            if has_looked and names[last] != "PUSH_EXC_INFO":  # not after a call that raised
+                seen["places"] += 1
+                if seen["places"] == k:
+                    seen["interrupts"] += 1
+                    raise KeyboardInterrupt  # which also ends the tracing
+            return on_bytecode
+
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        return on_bytecode
+
+    previous = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        yield seen
+    except KeyboardInterrupt as error:  # it would end the test run
+        raise AssertionError("interrupted where the test does not expect it") from error
+    finally:
+        sys.settrace(previous)
+
+
+each_file = pytest.mark.parametrize("file", FILES, ids=[Path(file).stem for file in FILES])
+
+
+@each_file
+def test_ctrl_c_in_generate_leaves_no_trace(
+    llm: LLM, expected: Expected, file: str, tally: Tally
+) -> None:
+    def action(k: int) -> Counter[str]:
+        forget_prefixes(llm)
+        with interrupt_at(k, file) as seen, contextlib.suppress(KeyboardInterrupt):
+            generate(llm, OWN, OWN_PARAMS)
+        return seen
+
+    for k in random_places(action, "places", 10, Path(file).name):
+        assert action(k)["interrupts"] == 1
+        tally.count("interruption: Ctrl-C in generate")
+        assert_works(llm, expected)
+
+
+@each_file
+def test_requests_queued_before_survive_ctrl_c_in_generate(
+    llm: LLM, expected: Expected, file: str, tally: Tally
+) -> None:
+    def action(k: int) -> Counter[str]:
+        forget_prefixes(llm)
+        seq_ids = add_all(llm, OTHERS, OTHER_PARAMS)
+        with interrupt_at(k, file) as seen, contextlib.suppress(KeyboardInterrupt):
+            generate(llm, OWN, OWN_PARAMS)
+        assert finish(llm, seq_ids) == expected.others
+        return seen
+
+    for k in random_places(action, "places", 10, Path(file).name):
+        assert action(k)["interrupts"] == 1
+        tally.count("interruption: Ctrl-C in generate beside others")
+        assert_works(llm, expected)
+
+
+@each_file
+def test_a_loop_over_step_goes_on_after_ctrl_c(
+    llm: LLM, expected: Expected, file: str, tally: Tally
+) -> None:
+    def action(k: int) -> Counter[str]:
+        forget_prefixes(llm)
+        seq_ids = add_every_request(llm)
+        with interrupt_at(k, file) as seen:
+            completions = finish(llm, seq_ids, KeyboardInterrupt)
+        assert completions[: len(OWN) - 1] == expected.own
+        assert completions[len(OWN) :] == expected.others
+        return seen
+
+    for k in random_places(action, "places", 10, Path(file).name):
+        assert action(k)["interrupts"] == 1
+        tally.count("interruption: Ctrl-C in step")
+        assert_works(llm, expected)
+
+
+def test_ctrl_c_anywhere_in_a_step_in_which_requests_end_loses_none(
+    llm: LLM, expected: Expected, tally: Tally
+) -> None:
+    for k in count(1):
+        seq_ids = add_all(llm, OTHERS, [greedy(1)] * 3)
+        with interrupt_at(k, *BOOKKEEPING) as seen:
+            completions = finish(llm, seq_ids, KeyboardInterrupt)
+        assert completions == [ids[:1] for ids in expected.others]
+        assert_no_trace(llm)
+        if not seen["interrupts"]:
+            break
+        tally.count("interruption: Ctrl-C in the last step")
+    assert k > 100
+    assert_works(llm, expected)
+
+
+def test_ctrl_c_anywhere_in_a_generate_of_one_step(
+    llm: LLM, expected: Expected, tally: Tally
+) -> None:
+    for k in count(1):
+        seq_id = llm.add_request(OTHERS[2], greedy(1))
+        with interrupt_at(k, *BOOKKEEPING) as seen, contextlib.suppress(KeyboardInterrupt):
+            generate(llm, OWN[3:], [greedy(1)])
+        assert finish(llm, [seq_id]) == [expected.others[2][:1]]
+        assert_no_trace(llm)
+        if not seen["interrupts"]:
+            break
+        tally.count("interruption: Ctrl-C in a generate of one step")
+    assert k > 100
+    assert_works(llm, expected)
+
+
+@pytest.mark.parametrize("is_after_failure", [False, True], ids=["", "after_a_failed_step"])
+def test_ctrl_c_anywhere_in_abort_request(
+    llm: LLM, expected: Expected, is_after_failure: bool, tally: Tally
+) -> None:
+    """The request goes on or is gone; the others are not touched."""
+    for k in count(1):
+        seq_ids = add_all(llm, OTHERS, OTHER_PARAMS)
+        for _ in range(3):
+            llm.step()
+        if is_after_failure:
+            with fault_at_call(ModelRunner, "launch", 1, after=True), pytest.raises(Fault):
+                llm.step()
+        with interrupt_at(k, *BOOKKEEPING) as seen, contextlib.suppress(KeyboardInterrupt):
+            llm.abort_request(seq_ids[0])
+        assert finish(llm, seq_ids[1:]) == expected.others[1:]
+        assert_no_trace(llm)
+        if not seen["interrupts"]:
+            break
+        tally.count("interruption: Ctrl-C in abort_request")
+    assert k > 10
+    assert_works(llm, expected)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(ModelRunner, "launch"), (tqdm, "update")],
+    ids=["in_a_step", "after_a_step"],
+)
+def test_a_second_ctrl_c_while_generate_cleans_up_corrupts_nothing(
+    llm: LLM, expected: Expected, owner: Any, name: str, tally: Tally
+) -> None:
+    """Some of its requests may be left; they come to their end, and the others come to theirs."""
+    clean_up = llm._abort
+    num_interrupts = 1
+    for k in count(1):
+
+        def interrupted_clean_up(own_ids: list[int], k: int = k) -> None:
+            nonlocal num_interrupts
+            with interrupt_at(k, *BOOKKEEPING) as seen, contextlib.suppress(KeyboardInterrupt):
+                clean_up(own_ids)
+            num_interrupts = seen["interrupts"]
+
+        seq_ids = add_all(llm, OTHERS, OTHER_PARAMS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llm, "_abort", interrupted_clean_up)
+            with fault_at_call(owner, name, 2, after=True), pytest.raises(Fault):
+                generate(llm, OWN, OWN_PARAMS)
+        assert finish(llm, seq_ids) == expected.others
+        assert_no_trace(llm)
+        if not num_interrupts:
+            break
+        tally.count("interruption: Ctrl-C in the clean-up of generate")
+    assert k > 10
+    assert_works(llm, expected)

@@ -1,0 +1,493 @@
+"""The Triton kernels against PyTorch twins.
+
+On a GPU the tests run as they are. Without one, `test_interpreted` runs this file once more in a
+process where Triton interprets its kernels (float32 and float16: the interpreter has no bf16 dot),
+and the launches are compiled for GPUs that need not be there, to see that their tiles fit.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.embed_head import resolve_and_embed
+from nanovllm.layers.layernorm import add_rms_norm, rms_norm
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.layers.sampler import sample
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = (torch.bfloat16, torch.float16) if CUDA else (torch.float32, torch.float16)
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+EPS = 1e-6
+
+
+def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that launches kernels: for a GPU, unless they are interpreted."""
+    if INTERPRETED:
+        return test
+    return pytest.mark.gpu(pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")(test))
+
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.mark.skipif(INTERPRETED or CUDA, reason="is the interpreted run, or needs none")
+def test_interpreted() -> None:
+    """The tests below, interpreted, in a process of their own: Triton reads the flag on import."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-1000:]
+
+
+def error(out: Tensor, reference: Tensor) -> float:
+    """||out - reference|| / ||reference||, infinite if an element is NaN."""
+    difference = (out.double() - reference.double()).norm() / reference.double().norm()
+    return math.inf if difference.isnan() else difference.item()
+
+
+def close(out: Tensor, reference: Tensor) -> bool:
+    return error(out, reference) < TOLERANCE[out.dtype]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+# ---- twins
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention in float64, the last query at the last key: [length, heads, head_dim]."""
+    repeats = query.size(1) // key.size(1)
+    q = query.double()
+    k, v = (x.double().repeat_interleave(repeats, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * query.size(-1) ** -0.5
+    rows = torch.arange(len(q), device=q.device) + len(k) - len(q)
+    hidden = torch.arange(len(k), device=q.device) > rows[:, None]
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> list[Tensor]:
+    """q, k, v [num_tokens, heads, head_dim] of a merged projection."""
+    heads = qkv.unflatten(-1, (-1, cos_sin.size(1)))
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if weights:
+        q, k = rms_norm(q, weights[0], EPS), rms_norm(k, weights[1], EPS)
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    return [apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v]
+
+
+# ---- attention
+
+
+class Shape(NamedTuple):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+
+
+SHAPES = (
+    [Shape(16, 8, 128, 256), Shape(14, 2, 80, 32), Shape(16, 2, 256, 16), Shape(8, 8, 64, 48)]
+    if CUDA
+    else [Shape(4, 2, 32, 32), Shape(3, 1, 48, 16)]
+)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
+
+
+class Cache:
+    """A pool in which the sequences' K/V lie in blocks drawn at random, and NaN everywhere else."""
+
+    def __init__(self, shape: Shape, lengths: list[int], dtype: torch.dtype) -> None:
+        counts = [-(-length // shape.block_size) for length in lengths]
+        pool = (sum(counts) + 2, shape.block_size, shape.num_kv_heads, shape.head_dim)
+        self.k = torch.full(pool, math.nan, dtype=dtype, device=DEVICE)
+        self.v = self.k.clone()
+        blocks = torch.randperm(pool[0], device=DEVICE, dtype=torch.int32)[: sum(counts)]
+        self.tables = torch.full((len(lengths), max(counts) + 1), -1, dtype=torch.int32)
+        self.tables = self.tables.to(DEVICE)
+        self.slots = []
+        for row, own, length in zip(self.tables, blocks.split(counts), lengths, strict=True):
+            row[: len(own)] = own
+            offsets = torch.arange(shape.block_size, device=DEVICE)
+            slots = (own.long()[:, None] * shape.block_size + offsets).flatten()[:length]
+            self.slots.append(slots)
+            for x in self.k, self.v:
+                x.flatten(0, 1)[slots] = randn(length, *pool[2:], dtype=dtype)
+
+    def keys_and_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for slots in self.slots:
+            yield self.k.flatten(0, 1)[slots], self.v.flatten(0, 1)[slots]
+
+
+def decode_lengths(block_size: int) -> list[int]:
+    """Lengths of sequences at the edges of blocks and tiles; 0 is padding."""
+    edges = [1, block_size - 1, block_size, block_size + 1, 0]
+    return edges + ([700, 4097, 5000] if CUDA else [150])
+
+
+@runs_kernels
+@dtypes
+@shapes
+@pytest.mark.parametrize("num_splits", [3, 40, None] if CUDA else [3])
+def test_paged_decode(shape: Shape, dtype: torch.dtype, num_splits: int | None) -> None:
+    from nanovllm.kernels import attention
+
+    lengths = decode_lengths(shape.block_size)
+    cache = Cache(shape, lengths, dtype)
+    query = randn(len(lengths), shape.num_heads, shape.head_dim, dtype=dtype)
+    out = torch.full_like(query, math.nan)
+    plan = attention.DecodePlan(num_splits, 32, 32) if num_splits else None
+    attention.paged_decode(
+        query, cache.k, cache.v, cache.tables, int32(lengths), shape.head_dim**-0.5, out, plan=plan
+    )
+    for row, q, (k, v) in zip(out, query, cache.keys_and_values(), strict=True):
+        if len(k):
+            assert close(row, attend(q[None], k, v)[0]), len(k)
+        else:
+            assert not row.any()
+
+
+@runs_kernels
+def test_decode_leaves_its_workspace_ready_for_the_next_launch() -> None:
+    from nanovllm.kernels import attention
+
+    shape = SHAPES[0]
+    workspace = attention.decode_workspace(4, shape.num_heads, shape.num_kv_heads, 128, DEVICE, 4)
+    plan = attention.DecodePlan(4, 32, 32)
+    for lengths in ([90, 33, 128, 1], [120], [64, 65]):
+        cache = Cache(shape, lengths, DTYPES[0])
+        query = randn(len(lengths), shape.num_heads, shape.head_dim, dtype=DTYPES[0])
+        scale = shape.head_dim**-0.5
+        out = attention.paged_decode(
+            query, cache.k, cache.v, cache.tables, int32(lengths), scale, None, workspace, plan
+        )
+        refs = [attend(q[None], *kv) for q, kv in zip(query, cache.keys_and_values(), strict=True)]
+        assert close(out, torch.cat(refs))
+        assert not workspace.counters.any()
+
+
+@runs_kernels
+@dtypes
+@shapes
+@pytest.mark.parametrize("cached", [False, True])
+def test_paged_prefill(shape: Shape, dtype: torch.dtype, cached: bool) -> None:
+    from nanovllm.kernels import attention
+
+    block_size = shape.block_size
+    queries = [1, block_size - 1, block_size, block_size + 1, 1000 if CUDA else 70]
+    earlier = [40, 0, block_size, 1, 3100 if CUDA else 9] if cached else [0] * 5
+    lengths = [a + b for a, b in zip(queries, earlier, strict=True)]
+    cache = Cache(shape, lengths, dtype)
+    query = randn(sum(queries), shape.num_heads, shape.head_dim, dtype=dtype)
+    cu_q, cu_k = (int32([0, *x]).cumsum(0, dtype=torch.int32) for x in (queries, lengths))
+    sequences = list(cache.keys_and_values())
+    if cached:
+        keys, values = cache.k, cache.v
+    else:  # rows with a stride, as views of a merged projection are
+        merged = torch.cat([torch.cat(kv, dim=1) for kv in sequences])
+        keys, values = merged.split(shape.num_kv_heads, dim=1)
+    out = attention.paged_prefill(
+        query, keys, values, cu_q, cu_k, max(queries), shape.head_dim**-0.5,
+        cache.tables if cached else None,
+    )  # fmt: skip
+    refs = [attend(q, *kv) for q, kv in zip(query.split(queries), sequences, strict=True)]
+    assert close(out, torch.cat(refs))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_offsets_past_32_bits() -> None:
+    from nanovllm.kernels import attention
+
+    cache = torch.empty(8400, 256, 8, 128, dtype=torch.bfloat16, device=DEVICE)  # 2.2e9 elements
+    cache[8390:].normal_()
+    table = int32([8399, 8391, 8395])[None]
+    keys = cache[table[0].long()].flatten(0, 1)[:600]
+    query = randn(1, 16, 128, dtype=torch.bfloat16)
+    ref = attend(query, keys, keys)
+    lens = int32([600])
+    assert close(attention.paged_decode(query, cache, cache, table, lens, 128**-0.5), ref)
+    cu_q, cu_k = int32([0, 1]), int32([0, 600])
+    out = attention.paged_prefill(query, cache, cache, cu_q, cu_k, 1, 128**-0.5, table)
+    assert close(out, ref)
+
+
+# ---- elementwise, sampling, matrix-vector products
+
+
+@runs_kernels
+@dtypes
+@pytest.mark.parametrize("size", [96, 1024])
+def test_add_rms_norm(size: int, dtype: torch.dtype) -> None:
+    from nanovllm.kernels import fused
+
+    x, residual, weight = (randn(*shape, dtype=dtype) for shape in ((5, size), (5, size), (size,)))
+    normed, total = fused.add_rms_norm(x, residual, weight, EPS)
+    expected, expected_total = add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(total, expected_total)
+    assert close(normed, expected)
+    normed, total = fused.add_rms_norm(x, None, weight, EPS)
+    assert total is x
+    assert close(normed, rms_norm(x, weight, EPS))
+
+
+@runs_kernels
+@dtypes
+def test_silu_and_mul(dtype: torch.dtype) -> None:
+    from nanovllm.kernels import fused
+
+    gate_up = 9 * randn(3, 2 * 1100, dtype=dtype)
+    assert close(fused.silu_and_mul(gate_up), silu_and_mul(gate_up.clone()))
+
+
+@runs_kernels
+@dtypes
+@shapes
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("num_tokens", [3, 64] if CUDA else [3])
+def test_qk_norm_rope_store(shape: Shape, dtype: torch.dtype, norm: bool, num_tokens: int) -> None:
+    from nanovllm.kernels import fused
+
+    num_heads, num_kv_heads, head_dim, block_size = shape
+    qkv = randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    weights = (randn(head_dim, dtype=dtype), randn(head_dim, dtype=dtype)) if norm else None
+    cos_sin = RotaryEmbedding(head_dim, 99, 1e6).cos_sin.to(DEVICE)
+    positions = torch.randint(0, 99, (num_tokens,), device=DEVICE)
+    k_cache = torch.zeros(8, block_size, num_kv_heads, head_dim, dtype=dtype, device=DEVICE)
+    v_cache = k_cache.clone()
+    slots = torch.randperm(8 * block_size, device=DEVICE, dtype=torch.int32)[:num_tokens]
+    slots[1] = -1
+    expected = qk_norm_rope(qkv, weights, cos_sin, positions, num_heads, num_kv_heads)
+    q, k, v = fused.qk_norm_rope_store(
+        qkv, *(weights or (None, None)), EPS, cos_sin, positions, k_cache, v_cache, slots,
+        num_heads, num_kv_heads, write_key=True,
+    )  # fmt: skip
+    assert k is not None
+    for out, twin in zip((q, k, v), expected, strict=True):
+        assert close(out, twin)
+    stored = slots >= 0
+    for cache, written in ((k_cache, k), (v_cache, v)):
+        assert torch.equal(cache.flatten(0, 1)[slots[stored].long()], written[stored])
+        assert cache.flatten(1).any(1).sum() <= stored.sum()
+        assert cache.flatten(0, 1).flatten(1).any(1).sum() == stored.sum()
+
+
+@runs_kernels
+@dtypes
+def test_sample_equals_its_twin(dtype: torch.dtype) -> None:
+    from nanovllm.kernels import sampler
+
+    num_seqs, vocab_size = (64, 151_936) if CUDA else (5, 5000)
+    logits = 3 * randn(num_seqs, vocab_size, dtype=dtype)
+    temperatures = torch.rand(num_seqs, device=DEVICE)
+    temperatures[::3] = 0
+    seeds = torch.randint(-(2**62), 2**62, (num_seqs,), device=DEVICE)
+    positions = torch.randint(0, 40_000, (num_seqs,), device=DEVICE)
+    ids = sampler.sample(logits, temperatures, seeds, positions)
+    assert torch.equal(ids, sample(logits, temperatures, seeds, positions))
+    assert torch.equal(ids[::3], logits[::3].float().argmax(-1))
+
+
+@runs_kernels
+def test_sample_at_the_extremes() -> None:
+    from nanovllm.kernels import sampler
+
+    logits = torch.zeros(5, 3000, device=DEVICE)
+    logits[0, [7, 2500]] = 5.0  # a tie: the lowest id
+    logits[1] = -math.inf
+    logits[1, 1234] = 0.0
+    logits[2] = math.nan  # still an id of the vocabulary
+    logits[3, 99] = 1e-3
+    logits[4, 99] = 3e38
+    temperatures = torch.tensor([0.0, 1.0, 1.0, 1e-38, 2.0], device=DEVICE)
+    zeros = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    ids = sampler.sample(logits, temperatures, zeros, zeros).tolist()
+    assert ids[:2] == [7, 1234]
+    assert 0 <= ids[2] < 3000
+    assert ids[3:] == [99, 99]
+
+
+@pytest.mark.parametrize("varies", ["seed", "position"])
+def test_sampled_ids_are_distributed_as_the_softmax(varies: str) -> None:
+    """Of the twin, which the kernel equals: frequencies within five standard deviations."""
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.045, 0.004, 0.001])
+    count = 100_000
+    numbers, zeros = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+    seeds, positions = (numbers, zeros) if varies == "seed" else (zeros, numbers)
+    temperatures = torch.full((count,), 0.5)
+    ids = sample((0.5 * probabilities.log()).expand(count, -1), temperatures, seeds, positions)
+    seen = torch.bincount(ids, minlength=6) / count
+    deviation = (probabilities * (1 - probabilities) / count).sqrt()
+    assert ((seen - probabilities).abs() < 5 * deviation).all()
+
+
+@runs_kernels
+@dtypes
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_matvec(num_tokens: int, dtype: torch.dtype) -> None:
+    from nanovllm.kernels import gemv
+
+    hidden, inner = (1024, 3072) if CUDA else (48, 40)
+    x, residual = (randn(num_tokens, hidden, dtype=dtype) for _ in range(2))
+    norm, bias = randn(hidden, dtype=dtype), randn(2 * inner, dtype=dtype)
+    up = randn(2 * inner, hidden, dtype=dtype) * hidden**-0.5
+    down = randn(hidden, inner, dtype=dtype) * inner**-0.5
+    normed = rms_norm(x, norm, EPS).double()
+    gate_up = F.linear(normed, up.double())
+    out = gemv.rms_norm_linear(x, norm, EPS, up, bias)
+    assert close(out, gate_up + bias.double())
+    activated = gemv.rms_norm_gate_up(x, norm, EPS, up)
+    assert close(activated, silu_and_mul(gate_up.clone()))
+    expected = residual.double() + F.linear(activated.double(), down.double())
+    assert close(gemv.linear_add(activated, down, residual), expected)
+
+
+@runs_kernels
+@dtypes
+@pytest.mark.parametrize("num_tokens", [1, 21])
+def test_small_linear(num_tokens: int, dtype: torch.dtype) -> None:
+    from nanovllm.kernels import gemv
+
+    x, weight = randn(num_tokens, 400, dtype=dtype), randn(90, 400, dtype=dtype)
+    bias = randn(90, dtype=dtype)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    assert close(gemv.small_linear(x, weight, bias), expected)
+
+
+@runs_kernels
+@dtypes
+def test_resolve_and_embed_equals_its_twin(dtype: torch.dtype) -> None:
+    from nanovllm.kernels import embedding
+
+    weight = randn(50, 1500, dtype=dtype)
+    sampled = torch.tensor([40, 41, 42], device=DEVICE)
+    inputs = int32([-1 - 7, 2, 0, -1]), sampled, int32([3, 1, 256, 0])
+    out, positions = embedding.resolve_and_embed(*inputs, weight)
+    expected, expected_positions = resolve_and_embed(*inputs, weight)
+    assert torch.equal(out, expected)
+    assert torch.equal(positions, expected_positions)
+
+
+# ---- compiled for GPUs that are not here
+
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+# The elementwise kernels need next to no shared memory: any one target shows that they compile.
+LAUNCHES = [(90, "elementwise")]
+LAUNCHES += [(sm, name) for sm in SHARED_BYTES for name in ("decode", "prefill", "matvec")]
+
+
+def launch(name: str, shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the launches of one kind, on tensors that no kernel will touch."""
+    from nanovllm.kernels import attention, embedding, fused, gemv, sampler
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(*shape, dtype=dtype)
+
+    lens, tables = empty(4, dtype=torch.int32), empty(4, 5, dtype=torch.int32)
+    longs, cos_sin = empty(4, dtype=torch.int64), empty(9, 128, dtype=torch.float32)
+    cache = empty(9, 256, 8, 128)
+    if name == "decode":
+        attention.paged_decode(
+            empty(4, 16, 128), cache, cache, tables, lens, 1.0,
+            plan=max(attention.DECODE_PLANS.values(), key=lambda plan: plan.num_stages),
+        )  # fmt: skip
+        wide = empty(9, 16, 2, 256)
+        attention.paged_decode(empty(4, 16, 256), wide, wide, tables, lens, 1.0)
+    elif name == "prefill":
+        for head_dim, long_paged in ((128, False), (128, True), (256, False)):
+            tiles = attention.prefill_tiles(head_dim, torch.bfloat16, shared_bytes, long_paged)
+            q, kv = empty(300, 16, head_dim), empty(300, 8, head_dim)
+            attention.paged_prefill(q, kv, kv, lens, lens, 300, 1.0, tiles=tiles)
+    elif name == "elementwise":
+        x = empty(4, 4096)
+        fused.add_rms_norm(x, x, x[0], EPS)
+        fused.silu_and_mul(x)
+        embedding.resolve_and_embed(lens, longs, lens, x)
+        weight = empty(128)
+        fused.qk_norm_rope_store(
+            x, weight, weight, EPS, cos_sin, longs, cache, cache, lens, 16, 8, write_key=True
+        )
+        sampler.sample(empty(4, 151_936), empty(4, dtype=torch.float32), longs, longs)
+    else:
+        x = empty(2, 4096)
+        gemv.rms_norm_gate_up(x, x[0], EPS, empty(24576, 4096))
+        monkeypatch.setattr(gemv, "shared_memory", lambda _: shared_bytes)
+        gemv.small_linear(empty(64, 4096), empty(4096, 4096))
+        gemv.linear_add(empty(1, 12288), empty(4096, 12288), x[:1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
+@pytest.mark.parametrize(("capability", "name"), LAUNCHES)
+def test_every_launch_fits_the_gpu(
+    capability: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    from triton.runtime.jit import JITFunction
+
+    launches: list[tuple[JITFunction, dict[str, Any], dict[str, Any]]] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False))
+        values |= {key: value for key, value in kwargs.items() if key in kernel.arg_names}
+        options = {key: value for key, value in kwargs.items() if key not in kernel.arg_names}
+        launches.append((kernel, values, options))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    launch(name, SHARED_BYTES[capability], monkeypatch)
+    assert launches
+    for kernel, values, options in launches:
+        options["launch_pdl"] = values["PDL"] = capability >= 90
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(kernel.params):
+            value = values[parameter.name]
+            kind = "constexpr"
+            if parameter.is_constexpr or value is None:
+                constants[(index,)] = value
+            elif isinstance(value, Tensor):
+                kind = "*" + TRITON_TYPES[value.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            else:
+                kind = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = kind
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert compiled.metadata.shared <= SHARED_BYTES[capability], (kernel, capability)
+
+
+TRITON_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
