@@ -42,7 +42,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeat", type=int, default=1, help="runs, each with new random prompts")
-    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    parser.add_argument(
+        "--profile", action="store_true", help="one more run that shows where the time goes"
+    )
     engine = parser.add_argument_group("engine options (see nanovllm.config.Config)")
     engine.add_argument("--device", default="auto")
     engine.add_argument("--dtype", default="auto")
@@ -191,27 +193,47 @@ class Floor:
 
 
 def watch(llm: LLM) -> tuple[Timer, Timer]:
-    """Time the engine's phases (wall clock) and the model's parts (device) from now on."""
+    """Time the engine's phases (wall clock) and the model's parts (device) from now on.
+
+    Decode steps that run as CUDA graphs do not pass through the model's parts.
+    """
     assert llm.model_runner is not None
     phases, parts = Timer(), Timer(llm.model_runner.device)
     llm.scheduler.schedule = phases.wrap("schedule", llm.scheduler.schedule)
-    llm.model_runner.run = phases.wrap("run", llm.model_runner.run)
+    llm.model_runner.launch = phases.wrap("launch", llm.model_runner.launch)
     llm.scheduler.postprocess = phases.wrap("postprocess", llm.scheduler.postprocess)
     names = {
         "Attention": "attention and K/V store",
         "Linear": "linear layers",
         "MergedLinear": "linear layers",
         "RMSNorm": "norms",
+        "SiluAndMul": "activation",
         "LMHead": "output head",
         "Embedding": "embedding",
-        "Qwen3ForCausalLM": "model, whole",
+        "Qwen3Model": "all layers",
     }
     for module in llm.model_runner.model.modules():
         if name := names.get(type(module).__name__):
             module.forward = parts.wrap(name, module.forward)
-            if name == "norms":
-                module.forward_add = parts.wrap(name, module.forward_add)
     return phases, parts
+
+
+def print_kernels(run: Callable[[], None]) -> None:
+    """Call `run`, and print which GPU kernels took its time and how long the GPU was busy."""
+    from torch.profiler import ProfilerActivity, profile
+
+    started = perf_counter()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+        wall_s = perf_counter() - started
+    kernels = [event for event in profiler.key_averages() if event.self_device_time_total]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    busy_s = sum(event.self_device_time_total for event in kernels) / 1e6
+    print(f"GPU busy {busy_s:.3f}s of {wall_s:.3f}s, under the profiler:")
+    for event in kernels[:12]:
+        total_s = event.self_device_time_total / 1e6
+        print(f"  {event.key[:48]:<48} {total_s:9.3f}s {event.count:9d} launches")
 
 
 def print_profile(title: str, timer: Timer) -> None:
@@ -242,8 +264,8 @@ def run_once(llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.R
     floor = Floor(llm, machine)
     schedule = llm.scheduler.schedule
 
-    def counted(*arguments: bool) -> Batch | None:
-        batch = schedule(*arguments)
+    def counted(in_flight: bool = False) -> Batch | None:
+        batch = schedule(in_flight)
         floor.count(batch)
         return batch
 
@@ -287,8 +309,12 @@ def main() -> None:
     )
     rng = random.Random(args.seed)
     llm.generate([[0] * args.min_input_len], SamplingParams(ignore_eos=True), use_tqdm=False)
-    timers = watch(llm) if args.profile else ()
     for _ in range(args.repeat):
+        run_once(llm, machine, args, rng)
+    timers = watch(llm) if args.profile else ()
+    if args.profile and device.type == "cuda":
+        print_kernels(lambda: run_once(llm, machine, args, rng))
+    elif args.profile:
         run_once(llm, machine, args, rng)
     for title, timer in zip(("Phases (wall clock)", "Model (device)"), timers, strict=False):
         print_profile(title, timer)

@@ -14,7 +14,7 @@ logger = logging.getLogger("nanovllm")
 
 SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM")
 DTYPES = ("float32", "float16", "bfloat16")
-ATTENTION_BACKENDS = ("torch", "flash_attn")
+ATTENTION_BACKENDS = ("torch", "flash_attn", "triton")
 BLOCK_SIZE_STEP = 16
 
 
@@ -170,7 +170,7 @@ class Config:
             generation_config.json.
         device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (float32 on a CPU, else the checkpoint's), "float32", "float16", "bfloat16".
-        attention_backend: "auto" (the fastest one installed), "torch" or "flash_attn".
+        attention_backend: "auto" (the fastest one installed), "torch", "flash_attn" or "triton".
         load_format: "auto" (safetensors) or "dummy" (random weights, no checkpoint read).
 
     Raises:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from nanovllm.config import Config, as_token_ids, read_json
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.model_runner import Launched, ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
@@ -47,6 +47,7 @@ class LLMEngine:
         )
         self._requests: dict[int, Sequence] = {}  # under way
         self._finished: list[Sequence] = []  # not reported yet
+        self._in_flight: Launched | None = None  # a step whose ids have not been read
         self._is_consistent = True  # False while the queues and blocks are being changed
 
     def __enter__(self) -> "LLMEngine":
@@ -59,6 +60,7 @@ class LLMEngine:
         """Drop all requests and give the memory back. The engine cannot be used afterwards."""
         self._requests.clear()
         self._finished.clear()
+        self._in_flight = None
         if self.model_runner is not None:
             self.model_runner.free()
             self.model_runner = None
@@ -77,11 +79,11 @@ class LLMEngine:
 
     def abort_request(self, seq_id: int) -> None:
         """End a request in any state and free its blocks; an unknown id is ignored."""
-        self._abort([seq_id])
+        self._abort({seq_id})
 
     def is_finished(self) -> bool:
-        """True when no request is under way and every result has been given out."""
-        return not self._requests and not self._finished
+        """True when nothing is under way and every result has been given out."""
+        return not self._requests and not self._finished and self._in_flight is None
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """Compute one step.
@@ -92,8 +94,9 @@ class LLMEngine:
             to do.
         """
         num_tokens = self._step()
-        finished, self._finished = self._finished, []
-        return [(seq.seq_id, seq.completion_token_ids) for seq in finished], num_tokens
+        outputs = [(seq.seq_id, seq.completion_token_ids) for seq in self._finished]
+        self._finished = []  # only now, so that an interruption loses no result
+        return outputs, num_tokens
 
     def generate(
         self,
@@ -123,7 +126,7 @@ class LLMEngine:
                 self._enqueue(seq)
             self._run_until_finished(seqs, use_tqdm)
         except BaseException:
-            self._abort([seq.seq_id for seq in seqs])
+            self._abort({seq.seq_id for seq in seqs})
             raise
         return [self._result(seq) for seq in seqs]
 
@@ -151,23 +154,38 @@ class LLMEngine:
         if not self._is_consistent:
             self._recover()
         with self._changing():
-            batch = self.scheduler.schedule()
-            if batch is None:
+            step = self._launch_ahead(runner) if runner.runs_ahead else self._launch(runner)
+            if step is None:
                 return 0
-            for seq in self.scheduler.postprocess(batch, runner.run(batch)):
-                self._finished.append(self._requests.pop(seq.seq_id))
-        return batch.num_tokens if batch.is_prefill else -batch.num_tokens
+            finished = self.scheduler.postprocess(step.batch, step.token_ids())
+            self._finished.extend(finished)
+            for seq in finished:
+                del self._requests[seq.seq_id]
+        return step.batch.num_tokens if step.batch.is_prefill else -step.batch.num_tokens
 
-    def _abort(self, seq_ids: list[int]) -> None:
+    def _launch(self, runner: ModelRunner) -> Launched | None:
+        """Launch the next step."""
+        batch = self.scheduler.schedule()
+        return runner.launch(batch) if batch else None
+
+    def _launch_ahead(self, runner: ModelRunner) -> Launched | None:
+        """Launch the next step while the one before still runs, and give that one."""
+        previous = self._in_flight
+        batch = self.scheduler.schedule(in_flight=previous is not None)
+        self._in_flight = runner.launch(batch) if batch else None
+        return previous
+
+    def _abort(self, seq_ids: set[int]) -> None:
         """Forget requests, whatever state they are in."""
-        seqs = [self._requests.pop(seq_id) for seq_id in seq_ids if seq_id in self._requests]
-        self._finished = [seq for seq in self._finished if seq.seq_id not in seq_ids]
-        if not self._is_consistent:
-            self._recover()
-        else:
-            with self._changing():
-                for seq in seqs:
-                    self.scheduler.abort(seq)
+        was_consistent = self._is_consistent
+        with self._changing():
+            seqs = [self._requests[seq_id] for seq_id in seq_ids if seq_id in self._requests]
+            self._requests = {i: seq for i, seq in self._requests.items() if i not in seq_ids}
+            self._finished = [seq for seq in self._finished if seq.seq_id not in seq_ids]
+            for seq in seqs if was_consistent else ():
+                self.scheduler.abort(seq)
+            if not was_consistent:
+                self._recover()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -178,13 +196,12 @@ class LLMEngine:
 
     def _recover(self) -> None:
         """After a change that broke off halfway: start anew from the requests and their tokens."""
-        unfinished = []
-        for seq in list(self._requests.values()):
-            if seq.finish_reason is None:
-                unfinished.append(seq)
-            else:
-                self._finished.append(self._requests.pop(seq.seq_id))
-        self.scheduler.start_over(unfinished)
+        self._in_flight = None
+        self._runner().synchronize()
+        reported = {seq.seq_id for seq in self._finished}
+        seqs = [seq for seq_id, seq in self._requests.items() if seq_id not in reported]
+        self._finished.extend(self.scheduler.start_over(seqs))
+        self._requests = {seq.seq_id: seq for seq in seqs if seq.finish_reason is None}
         self._is_consistent = True
 
     def _runner(self) -> ModelRunner:
@@ -194,7 +211,7 @@ class LLMEngine:
 
     def _make_sequence(self, prompt: Prompt, params: SamplingParams) -> Sequence:
         """Check a prompt and its parameters, and make the request. Nothing is queued."""
-        self._runner()
+        runner = self._runner()
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
         token_ids = self._tokenize(prompt)
@@ -208,7 +225,7 @@ class LLMEngine:
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {vocab_size - 1}")
-        return Sequence(token_ids, params, self.config.max_model_len)
+        return Sequence(token_ids, params, self.config.max_model_len, seed=runner.new_seed())
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -3,27 +3,46 @@
 import gc
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nanovllm import kernels
 from nanovllm.config import Config, check_pool_size
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
-from nanovllm.layers.attention import BACKENDS, Attention, select_backend
+from nanovllm.layers.attention import Attention, select_backend
+from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.context import Context
+from nanovllm.utils.decode_graphs import DecodeGraphs, DecodeRow, StepTensors
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
 
 logger = logging.getLogger("nanovllm")
 
 
+class Launched(NamedTuple):
+    """A step on its way: `ids`, int64 [num_sampled], are on the host once `done` has come."""
+
+    batch: Batch
+    ids: Tensor
+    done: torch.cuda.Event | None
+
+    def token_ids(self) -> list[int]:
+        """Wait for the step: the sampled id of each item that samples, in order."""
+        if self.done is not None:
+            self.done.synchronize()
+        ids: list[int] = self.ids.tolist()
+        return ids
+
+
 class ModelRunner:
-    """Owns every tensor of an engine: the model's parameters and the KV pool.
+    """Owns every tensor of an engine: the model's parameters, the KV pool, the CUDA graphs.
 
     After construction the model is loaded, its memory measured and the pool allocated:
     `kv_cache` is [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim], and each
@@ -40,6 +59,7 @@ class ModelRunner:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.block_size = config.kvcache_block_size
+        self.blocks_per_seq = -(-config.max_model_len // self.block_size)
         self.device = _resolve_device(config.device)
         self.dtype = _resolve_dtype(config.dtype, config.model_config.dtype, self.device)
         self.backend = select_backend(
@@ -49,12 +69,21 @@ class ModelRunner:
             self.block_size,
             config.model_config.head_dim,
         )
-        budget = CudaBudget(self.device) if self.device.type == "cuda" else None
-        self.model = self._load_model()
-        self.num_blocks = config.num_kvcache_blocks
-        if self.num_blocks == -1:
-            self.num_blocks = self._derive_num_blocks(budget)
-        self.kv_cache = self._allocate_kv_cache()
+        self._sampled_rows: dict[int, int] = {}  # of the step launched last, by seq_id
+        with self._device_guard():
+            budget = CudaBudget(self.device) if self.device.type == "cuda" else None
+            self.model = self._load_model()
+            self._allocate_step_memory()
+            self.graphs: DecodeGraphs | None = None
+            self.num_blocks = config.num_kvcache_blocks
+            if self.num_blocks == -1:
+                self.num_blocks = self._derive_num_blocks(budget)
+            self.kv_cache = self._bind_kv_cache(self.num_blocks)
+            if self.device.type == "cuda":
+                self._warm_up()
+            if self._can_capture():
+                self.graphs = self._make_graphs()
+                self.graphs.capture(self.graphs.sizes)
         logger.info(
             "KV pool: %d blocks of %d tokens = %d tokens, %.2f GiB on %s (%s, attention: %s)",
             self.num_blocks,
@@ -66,30 +95,63 @@ class ModelRunner:
             self.backend,
         )
 
+    @property
+    def runs_ahead(self) -> bool:
+        """True if `launch` returns before the step is done, so that the next can be prepared."""
+        return self.graphs is not None
+
     def run(self, batch: Batch) -> list[int]:
         """Compute a step: store the K/V of its tokens, and sample.
 
         Returns:
             The sampled id of each item that samples, in order.
         """
-        items = batch.items
-        prepare = self._prepare_prefill if batch.is_prefill else self._prepare_decode
-        input_ids, positions, context = prepare(items)
-        logits = self.model(input_ids, positions, context)
-        return self._sample(logits, [item for item in items if item.samples])
+        return self.launch(batch).token_ids()
+
+    def launch(self, batch: Batch) -> Launched:
+        """Start a step. Its tokens may be ones that the step launched before it samples.
+
+        Of two steps under way, the older one must be read before a third is launched.
+        """
+        sampling = [item for item in batch.items if item.samples]
+        with self._device_guard():
+            if batch.is_prefill:
+                self._launch_prefill(batch.items, sampling)
+            elif self.graphs is not None:
+                self.graphs.launch([self._decode_row(item) for item in batch.items])
+            else:
+                self._launch_decode(batch.items)
+            self._sampled_rows = {item.seq.seq_id: row for row, item in enumerate(sampling)}
+            return self._read_later(batch, len(sampling))
+
+    def new_seed(self) -> int:
+        """A seed for a request that has none; torch.manual_seed makes them repeatable."""
+        return int(torch.randint(1 << 62, ()).item())
+
+    def synchronize(self) -> None:
+        """Wait until every step that was launched is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def free(self) -> None:
         """Give the memory back. The runner is of no use afterwards."""
-        self.__dict__.pop("model", None)
-        self.__dict__.pop("kv_cache", None)
+        self.synchronize()
+        for name in ("model", "kv_cache", "graphs", "sampled", "decode_workspace"):
+            self.__dict__.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    # --- setting up
+
+    def _device_guard(self) -> AbstractContextManager[object]:
+        """Launches within go to this engine's GPU."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def _load_model(self) -> Qwen3ForCausalLM:
         with _construction(self.device, self.dtype):
             model = Qwen3ForCausalLM(
-                self.config.model_config, BACKENDS[self.backend], self.config.max_model_len
+                self.config.model_config, self.backend, self.config.max_model_len
             )
         if self.config.load_format == "dummy":
             fill_random(model)
@@ -97,17 +159,37 @@ class ModelRunner:
             load_weights(model, self.config.model_dir)
         return model.eval()
 
+    def _allocate_step_memory(self) -> None:
+        """What steps are given from outside the model: sampled ids, and the kernels' scratch."""
+        size, model = self.config.max_num_seqs, self.config.model_config
+        on_cuda = self.device.type == "cuda"
+        self.sampled = torch.zeros(size, dtype=torch.int64, device=self.device)
+        self.host_ids = [torch.zeros(size, dtype=torch.int64, pin_memory=on_cuda) for _ in range(2)]
+        self.embed, self.sample, self.decode_workspace = resolve_and_embed, sample, None
+        if kernels.usable(self.device):
+            from nanovllm.kernels.attention import decode_workspace
+            from nanovllm.kernels.embedding import resolve_and_embed as embed_kernel
+            from nanovllm.kernels.sampler import sample as sample_kernel
+            from nanovllm.kernels.sampler import sample_workspace
+
+            workspace = sample_workspace(size, self.device)
+            self.embed, self.sample = embed_kernel, partial(sample_kernel, workspace=workspace)
+            self.decode_workspace = decode_workspace(
+                size, model.num_heads, model.num_kv_heads, model.head_dim, self.device
+            )
+
     def _derive_num_blocks(self, budget: CudaBudget | None) -> int:
         """How many blocks the memory holds, at most what the largest batch could need on a CPU."""
         block_bytes = self._block_bytes()
         if budget is None:
-            blocks_per_seq = -(-self.config.max_model_len // self.block_size)
             num_blocks = min(
-                cpu_pool_budget() // block_bytes, self.config.max_num_seqs * blocks_per_seq
+                cpu_pool_budget() // block_bytes, self.config.max_num_seqs * self.blocks_per_seq
             )
         else:
+            self._bind_kv_cache(1)
             self._run_largest_prefill()
-            pool_bytes = budget.pool_bytes(self.config.gpu_memory_utilization)
+            graph_bytes = budget.growth_of(self._capture_largest) if self._can_capture() else 0
+            pool_bytes = budget.pool_bytes(self.config.gpu_memory_utilization, graph_bytes)
             num_blocks = max(0, pool_bytes) // block_bytes
         check_pool_size(num_blocks, self.block_size, self.config.max_model_len)
         return num_blocks
@@ -119,30 +201,123 @@ class ModelRunner:
             * self.dtype.itemsize
         )  # fmt: skip
 
+    def _bind_kv_cache(self, num_blocks: int) -> Tensor:
+        """A pool of num_blocks, each layer's part bound to its attention."""
+        model = self.config.model_config
+        kv_cache = torch.empty(
+            2, model.num_layers, num_blocks, self.block_size, model.num_kv_heads, model.head_dim,
+            dtype=self.dtype, device=self.device,
+        )  # fmt: skip
+        layers = [module for module in self.model.modules() if isinstance(module, Attention)]
+        for layer, k_cache, v_cache in zip(layers, *kv_cache, strict=True):
+            layer.k_cache, layer.v_cache = k_cache, v_cache
+        return kv_cache
+
     def _run_largest_prefill(self) -> None:
-        """Run the step that takes the most memory, without a pool, so that its peak is known."""
+        """Run the step that takes the most memory, so that its peak is known; nothing is stored."""
         num_tokens = self.config.max_num_batched_tokens
         num_seqs = min(self.config.max_num_seqs, num_tokens)
         # As many sequences as may be (each has a row of logits), the first as long as may be.
         lengths = [1] * num_seqs
         for index in range(num_seqs):
             lengths[index] = min(self.config.max_model_len, num_tokens - sum(lengths) + 1)
-        context = self._prefill_context(lengths, lengths, [-1] * sum(lengths))
-        zeros = self._to_device([0] * sum(lengths), torch.int64)
-        context.logit_rows = zeros[:num_seqs]
-        logits = self.model(zeros, zeros, context)
-        sample(logits, torch.ones(num_seqs, device=self.device))
+        self._run_empty_prefill(lengths, from_cache=False)
 
-    def _allocate_kv_cache(self) -> Tensor:
-        model = self.config.model_config
-        kv_cache = torch.empty(
-            2, model.num_layers, self.num_blocks, self.block_size, model.num_kv_heads,
-            model.head_dim, dtype=self.dtype, device=self.device,
-        )  # fmt: skip
-        layers = [module for module in self.model.modules() if isinstance(module, Attention)]
-        for layer, k_cache, v_cache in zip(layers, *kv_cache, strict=True):
-            layer.k_cache, layer.v_cache = k_cache, v_cache
-        return kv_cache
+    def _warm_up(self) -> None:
+        """Launch every kernel of a prefill, so that none is compiled or loaded later."""
+        for lengths in ([2], [64] * min(2, self.config.max_num_seqs)):
+            for from_cache in (False, True):
+                self._run_empty_prefill(lengths, from_cache)
+        torch.cuda.synchronize(self.device)
+
+    def _run_empty_prefill(self, lengths: list[int], from_cache: bool) -> None:
+        """A prefill of zeros that stores nothing; from_cache: it attends to the first block."""
+        context = self._prefill_context(lengths, lengths, [-1] * sum(lengths))
+        if from_cache:
+            context.block_tables = self._to_device([[0]] * len(lengths), torch.int32)
+        zeros = self._to_device([0] * sum(lengths), torch.int64)
+        context.logit_rows = zeros[: len(lengths)]
+        logits = self.model(zeros, zeros, context)
+        rows = zeros[: len(lengths)]
+        self.sample(logits, torch.ones_like(rows, dtype=torch.float32), rows, rows)
+
+    # --- CUDA graphs
+
+    def _can_capture(self) -> bool:
+        """True if a decode step is a fixed sequence of launches, and wanted as a graph."""
+        return (
+            kernels.usable(self.device)
+            and not self.backend.loops_on_host
+            and not self.config.enforce_eager
+        )
+
+    def _make_graphs(self) -> DecodeGraphs:
+        return DecodeGraphs(
+            self._decode_step,
+            self.config.max_num_seqs,
+            self.blocks_per_seq,
+            self.block_size,
+            self.device,
+            self.decode_workspace,
+        )
+
+    def _capture_largest(self) -> DecodeGraphs:
+        """The largest graph, to see what graphs take: smaller ones share its memory."""
+        graphs = self._make_graphs()
+        graphs.capture(graphs.sizes[-1:])
+        return graphs
+
+    def _decode_step(self, inputs: StepTensors, context: Context) -> None:
+        """From token ids, or references to them, to sampled token ids: what a graph captures."""
+        x, positions = self.embed(
+            inputs.sources, self.sampled, inputs.context_lens, self.model.model.embed_tokens.weight
+        )
+        logits = self.model.decode(x, positions, context)
+        out = self.sampled[: len(x)]
+        self.sample(logits, inputs.temperatures, inputs.seeds, positions, out=out)
+
+    def _decode_row(self, item: ScheduledSequence) -> DecodeRow:
+        seq = item.seq
+        if item.start < len(seq.token_ids):
+            source = -1 - seq.token_ids[item.start]
+        else:
+            source = self._sampled_rows[seq.seq_id]
+        return DecodeRow(
+            source,
+            self._slot(item),
+            item.end,
+            seq.block_table,
+            seq.params.temperature,
+            seq.seed,
+        )
+
+    # --- one step
+
+    def _launch_prefill(
+        self, items: list[ScheduledSequence], sampling: list[ScheduledSequence]
+    ) -> None:
+        input_ids, positions, context = self._prepare_prefill(items)
+        logits = self.model(input_ids, positions, context)
+        self.sample(
+            logits,
+            self._to_device([item.seq.params.temperature for item in sampling], torch.float32),
+            self._to_device([item.seq.seed for item in sampling], torch.int64),
+            self._to_device([item.end - 1 for item in sampling], torch.int64),
+            out=self.sampled[: len(sampling)],
+        )
+
+    def _launch_decode(self, items: list[ScheduledSequence]) -> None:
+        self._decode_step(*self._prepare_decode(items))
+
+    def _read_later(self, batch: Batch, num_sampled: int) -> Launched:
+        """Start the copy of the sampled ids to the host; two sets of memory take turns."""
+        ids = self.host_ids[0][:num_sampled]
+        self.host_ids.reverse()
+        ids.copy_(self.sampled[:num_sampled], non_blocking=True)
+        done = None
+        if self.device.type == "cuda":
+            done = torch.cuda.current_stream().record_event()
+        return Launched(batch, ids, done)
 
     def _prepare_prefill(self, items: list[ScheduledSequence]) -> tuple[Tensor, Tensor, Context]:
         """input_ids and positions, int64 [num_tokens], and the layout of a prefill step."""
@@ -176,23 +351,28 @@ class ModelRunner:
             cu_seqlens_k=self._to_device([0, *accumulate(key_lens)], torch.int32),
         )
 
-    def _prepare_decode(self, items: list[ScheduledSequence]) -> tuple[Tensor, Tensor, Context]:
-        """input_ids and positions, int64 [num_seqs], and the layout of a decode step."""
-        key_lens = [item.end for item in items]
+    def _prepare_decode(self, items: list[ScheduledSequence]) -> tuple[StepTensors, Context]:
+        """The inputs of a decode step and their layout."""
+        rows = [self._decode_row(item) for item in items]
+        inputs = StepTensors(
+            sources=self._to_device([row.source for row in rows], torch.int32),
+            slot_mapping=self._to_device([row.slot for row in rows], torch.int32),
+            context_lens=self._to_device([row.context_len for row in rows], torch.int32),
+            block_tables=self._block_tables(items),
+            temperatures=self._to_device([row.temperature for row in rows], torch.float32),
+            seeds=self._to_device([row.seed for row in rows], torch.int64),
+        )
         context = Context(
             is_prefill=False,
-            slot_mapping=self._to_device([self._slot(item) for item in items], torch.int32),
+            slot_mapping=inputs.slot_mapping,
             query_lens=[1] * len(items),
-            key_lens=key_lens,
+            key_lens=[row.context_len for row in rows],
             block_size=self.block_size,
-            context_lens=self._to_device(key_lens, torch.int32),
-            block_tables=self._block_tables(items),
+            context_lens=inputs.context_lens,
+            block_tables=inputs.block_tables,
+            decode_workspace=self.decode_workspace,
         )
-        return (
-            self._to_device([item.seq.token_ids[item.start] for item in items], torch.int64),
-            self._to_device([item.start for item in items], torch.int64),
-            context,
-        )
+        return inputs, context
 
     def _slot(self, item: ScheduledSequence) -> int:
         """The slot of a decoded token: it stands at position `start`."""
@@ -217,18 +397,12 @@ class ModelRunner:
             [table + [-1] * (width - len(table)) for table in tables], torch.int32
         )
 
-    def _sample(self, logits: Tensor, items: list[ScheduledSequence]) -> list[int]:
-        """Ids for the rows of logits [num_sampled, vocab_size], one row an item."""
-        temperatures = [item.seq.params.temperature for item in items]
-        if not any(temperatures):
-            ids: list[int] = logits.argmax(dim=-1).tolist()
-        else:
-            ids = sample(logits, self._to_device(temperatures, torch.float32)).tolist()
-        return ids
-
     def _to_device(self, values: list[Any], dtype: torch.dtype) -> Tensor:
-        """A tensor of host numbers on the model's device."""
-        return torch.tensor(values, dtype=dtype).to(self.device)
+        """A tensor of host numbers on the model's device; from pinned memory no copy waits."""
+        pinned = self.device.type == "cuda"
+        return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(
+            self.device, non_blocking=True
+        )
 
 
 def _resolve_device(name: str) -> torch.device:

@@ -156,11 +156,7 @@ class Scheduler:
             seq.append_token(token_id)
             if not batch.is_prefill:  # a prefill's blocks were published when it was scheduled
                 self.block_manager.publish(seq, item.start, item.end)
-            if token_id in self.stop_ids and not seq.params.ignore_eos:
-                seq.finish_reason = "stop"
-            elif len(seq.token_ids) >= seq.max_num_tokens:
-                seq.finish_reason = "length"
-            if seq.finish_reason is not None:
+            if self._has_ended(seq):
                 finished.append(seq)
         for seq in finished:
             self._release(seq)
@@ -175,20 +171,33 @@ class Scheduler:
         (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
         self._release(seq)
 
-    def start_over(self, seqs: list[Sequence]) -> None:
+    def start_over(self, seqs: list[Sequence]) -> list[Sequence]:
         """Recover from a step that broke off anywhere: all blocks free and unknown, `seqs` waiting.
 
         The sequences keep the tokens that are known; everything else is computed anew.
+
+        Returns:
+            Those of `seqs` that have ended already; they are not queued.
         """
         self.block_manager = BlockManager(
             self.block_manager.num_blocks, self.block_manager.block_size
         )
+        ended = [seq for seq in seqs if self._has_ended(seq)]
         self.running = []
+        self.waiting = deque(seq for seq in seqs if seq.finish_reason is None)
         for seq in seqs:
-            seq.status = SequenceStatus.WAITING
+            seq.status = SequenceStatus.FINISHED if seq in ended else SequenceStatus.WAITING
             seq.num_unread_tokens = seq.num_computed_tokens = 0
             seq.block_table = []
-        self.waiting = deque(seqs)
+        return ended
+
+    def _has_ended(self, seq: Sequence) -> bool:
+        """Whether the known tokens end the sequence; sets its finish_reason."""
+        if seq.completion_token_ids and not seq.params.ignore_eos:
+            seq.finish_reason = "stop" if seq.token_ids[-1] in self.stop_ids else None
+        if seq.finish_reason is None and len(seq.token_ids) >= seq.max_num_tokens:
+            seq.finish_reason = "length"
+        return seq.finish_reason is not None
 
     def _release(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.FINISHED

@@ -26,14 +26,18 @@ class Sequence:
         token_ids: the prompt, at least one id.
         params: how to sample and when to end.
         max_total_tokens: prompt and completion together never exceed this.
+        seed: of the noise that its tokens are sampled with.
     """
 
     _ids = count()
 
-    def __init__(self, token_ids: list[int], params: SamplingParams, max_total_tokens: int) -> None:
+    def __init__(
+        self, token_ids: list[int], params: SamplingParams, max_total_tokens: int, seed: int = 0
+    ) -> None:
         self.seq_id = next(Sequence._ids)
         self.status = SequenceStatus.WAITING
         self.params = params
+        self.seed = seed
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(token_ids)
         self.max_num_tokens = min(max_total_tokens, self.num_prompt_tokens + params.max_tokens)

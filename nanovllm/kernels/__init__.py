@@ -1,13 +1,13 @@
 """Triton kernels. Each has a PyTorch twin of the same signature in nanovllm/layers.
 
-Import nothing from here at the top of another module: triton is missing on many machines. A layer
-asks `launchable` and imports the kernel where it launches it.
+Import nothing from here at the top of another module: triton is missing on many machines. Layers
+ask `usable` once, when a model is built, and import a kernel only then.
 """
 
 from functools import cache
 from importlib.util import find_spec
 
-from torch import Tensor
+import torch
 
 
 @cache
@@ -15,6 +15,7 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def launchable(x: Tensor) -> bool:
-    """True if the Triton kernels can work on this tensor: it is on CUDA and triton is installed."""
-    return x.is_cuda and _has_triton()
+def usable(device: torch.device | None = None) -> bool:
+    """True if the kernels run on a device (torch's default one if None): CUDA, with triton."""
+    device = torch.get_default_device() if device is None else device
+    return device.type == "cuda" and _has_triton()

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.kernels import launchable
+from nanovllm import kernels
+from nanovllm.config import ModelConfig
+from nanovllm.layers.layernorm import rms_norm
+from nanovllm.layers.rotary_embedding import apply_rotary
 from nanovllm.utils.context import Context
 
 # Rows of a mask [rows, keys] made at a time when queries attend to keys of earlier steps.
@@ -33,15 +36,56 @@ def store_kvcache(
     v_cache.flatten(0, 1).index_copy_(0, slots, value)
 
 
+def qk_norm_rope_store(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    write_key: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What happens to a merged projection before attention: QK-norm, rotary embedding, store.
+
+    Args:
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
+        q_weight, k_weight: [head_dim], or None: no norm.
+        cos_sin: float32 [max_positions, head_dim], cos | sin.
+        positions: int64 [num_tokens].
+        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]; empty: nothing is
+            stored.
+        slot_mapping: int32 [num_tokens], -1 = nowhere.
+        write_key: K is wanted (a kernel need not write it out where attention reads the cache).
+
+    Returns:
+        q [num_tokens, num_heads, head_dim]; k and v [num_tokens, num_kv_heads, head_dim].
+    """
+    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if q_weight is not None and k_weight is not None:
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    if k_cache.numel():
+        store_kvcache(k, v, k_cache, v_cache, slot_mapping)
+    return q, k, v
+
+
 class AttentionInputs(NamedTuple):
     """What a back end is given. With `context.block_tables`, keys come from the cache alone.
 
-    query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim];
-    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], this step's K/V stored.
+    query: [num_tokens, num_heads, head_dim]; key (None where the cache is read), value:
+    [num_tokens, num_kv_heads, head_dim]; k_cache, v_cache: [num_blocks, block_size, num_kv_heads,
+    head_dim], this step's K/V stored.
     """
 
     query: Tensor
-    key: Tensor
+    key: Tensor | None
     value: Tensor
     k_cache: Tensor
     v_cache: Tensor
@@ -57,6 +101,7 @@ def torch_prefill(inputs: AttentionInputs) -> Tensor:
     for index, length in enumerate(context.query_lens):
         rows = slice(end, end := end + length)
         if context.block_tables is None:
+            assert inputs.key is not None
             keys, values = inputs.key[rows], inputs.value[rows]
         else:
             slots = context.key_slots[index]
@@ -149,82 +194,173 @@ def flash_decode(inputs: AttentionInputs) -> Tensor:
     return out.squeeze(1)
 
 
+def triton_prefill(inputs: AttentionInputs) -> Tensor:
+    """Prefill with the kernel of nanovllm.kernels.attention."""
+    from nanovllm.kernels.attention import paged_prefill
+
+    context = inputs.context
+    from_cache = context.block_tables is not None
+    return paged_prefill(
+        inputs.query,
+        inputs.k_cache if from_cache else inputs.key,
+        inputs.v_cache if from_cache else inputs.value,
+        context.cu_seqlens_q,
+        context.cu_seqlens_k,
+        context.max_query_len,
+        inputs.scale,
+        context.block_tables,
+    )
+
+
+def triton_decode(inputs: AttentionInputs) -> Tensor:
+    """Decode with the kernel of nanovllm.kernels.attention."""
+    from nanovllm.kernels.attention import paged_decode
+
+    return paged_decode(
+        inputs.query,
+        inputs.k_cache,
+        inputs.v_cache,
+        inputs.context.block_tables,
+        inputs.context.context_lens,
+        inputs.scale,
+        workspace=inputs.context.decode_workspace,
+    )
+
+
 class Backend(NamedTuple):
-    """A pair of functions that compute attention [num_tokens, num_heads, head_dim]."""
+    """Which functions compute attention in each phase, by name; out: as the query."""
 
-    prefill: Callable[[AttentionInputs], Tensor]
-    decode: Callable[[AttentionInputs], Tensor]
+    prefill_name: str
+    decode_name: str
+
+    @property
+    def prefill(self) -> Callable[[AttentionInputs], Tensor]:
+        return PREFILL[self.prefill_name]
+
+    @property
+    def decode(self) -> Callable[[AttentionInputs], Tensor]:
+        return DECODE[self.decode_name]
+
+    @property
+    def loops_on_host(self) -> bool:
+        """True if a decode is no fixed sequence of launches, so that no CUDA graph can hold it."""
+        return self.decode_name == "torch"
+
+    def __str__(self) -> str:
+        if self.prefill_name == self.decode_name:
+            return self.decode_name
+        return f"{self.prefill_name} (prefill), {self.decode_name} (decode)"
 
 
-BACKENDS = {
-    "torch": Backend(torch_prefill, torch_decode),
-    "flash_attn": Backend(flash_prefill, flash_decode),
-}
+PREFILL = {"torch": torch_prefill, "flash_attn": flash_prefill, "triton": triton_prefill}
+DECODE = {"torch": torch_decode, "flash_attn": flash_decode, "triton": triton_decode}
 
 
 def select_backend(
     requested: str, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int
-) -> str:
-    """The name of the back end to use: the one requested, or the fastest that works here.
+) -> Backend:
+    """The back end to use: the one requested, or in each phase the fastest that works here.
+
+    Measured on an H100: flash-attn is the faster one in prefill, the Triton kernel in decode.
 
     Raises:
         ValueError: the requested back end is not installed or cannot work with these arguments.
     """
-    reason = _why_not_flash_attn(device, dtype, block_size, head_dim)
-    if requested == "flash_attn" and reason:
-        raise ValueError(f"attention_backend='flash_attn' cannot be used: {reason}")
-    if requested == "auto":
-        return "torch" if reason else "flash_attn"
-    return requested
+    reasons = {
+        "torch": None,
+        "flash_attn": _why_not_flash_attn(device, dtype, block_size, head_dim),
+        "triton": _why_not_triton(device, dtype, head_dim),
+    }
+    if requested != "auto":
+        if reason := reasons[requested]:
+            raise ValueError(f"attention_backend={requested!r} cannot be used: {reason}")
+        return Backend(requested, requested)
+    prefill, decode = ("flash_attn", "triton", "torch"), ("triton", "flash_attn", "torch")
+    return Backend(*(next(n for n in order if not reasons[n]) for order in (prefill, decode)))
 
 
 def _why_not_flash_attn(
     device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int
 ) -> str | None:
-    if device.type != "cuda":
-        return f"the device is {device}, not CUDA"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"the dtype is {dtype}, not float16 or bfloat16"
     if block_size % 256:
         return f"kvcache_block_size {block_size} is no multiple of 256"
     if head_dim > 256 or head_dim % 8:
         return f"head_dim {head_dim} is no multiple of 8 up to 256"
+    if reason := _why_not_half_precision_on_cuda(device, dtype):
+        return reason
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than sm_80"
-    if find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed"
+    return None if find_spec("flash_attn") else "the package flash-attn is not installed"
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if head_dim not in range(32, 257, 16):
+        return f"head_dim {head_dim} is no multiple of 16 from 32 to 256"
+    if reason := _why_not_half_precision_on_cuda(device, dtype):
+        return reason
+    return None if kernels.usable(device) else "the package triton is not installed"
+
+
+def _why_not_half_precision_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"the device is {device}, not CUDA"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the dtype is {dtype}, not float16 or bfloat16"
     return None
 
 
 class Attention(nn.Module):
-    """Stores the step's K/V in this layer's cache, then attends.
+    """From a layer's merged projection to its attention output; owns the layer's cache views.
 
     `k_cache` and `v_cache` are views of the pool that the ModelRunner binds once it is allocated;
     before that they are empty, and nothing is stored (while memory is measured).
     """
 
-    def __init__(self, head_dim: int, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
-        self.scale = head_dim**-0.5
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.eps = config.rms_norm_eps
+        self.scale = config.head_dim**-0.5
         self.backend = backend
         self.k_cache = self.v_cache = torch.empty(0)
+        self.qk_norm_rope_store = qk_norm_rope_store
+        if kernels.usable():
+            from nanovllm.kernels.fused import qk_norm_rope_store as kernel
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        """Attention output.
+            self.qk_norm_rope_store = kernel
+
+    def forward(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor | None, Tensor | None],
+        cos_sin: Tensor,
+        positions: Tensor,
+        context: Context,
+    ) -> Tensor:
+        """Norm and rotate q and k, store k and v, attend.
 
         Args:
-            query: [num_tokens, num_heads, head_dim].
-            key, value: [num_tokens, num_kv_heads, head_dim].
+            qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
+            norms: weights [head_dim] of the norms of q and k, or None twice.
+            cos_sin: float32 [max_positions, head_dim], cos | sin.
+            positions: int64 [num_tokens].
 
         Returns:
-            [num_tokens, num_heads, head_dim].
+            [num_tokens, num_heads * head_dim].
         """
-        if self.k_cache.numel():
-            store = store_kvcache
-            if launchable(key):
-                from nanovllm.kernels.store_kvcache import store_kvcache as store
-            store(key, value, self.k_cache, self.v_cache, context.slot_mapping)
-        attend = self.backend.prefill if context.is_prefill else self.backend.decode
-        return attend(
-            AttentionInputs(query, key, value, self.k_cache, self.v_cache, self.scale, context)
+        query, key, value = self.qk_norm_rope_store(
+            qkv,
+            *norms,
+            self.eps,
+            cos_sin,
+            positions,
+            self.k_cache,
+            self.v_cache,
+            context.slot_mapping,
+            self.num_heads,
+            self.num_kv_heads,
+            write_key=context.block_tables is None,
         )
+        attend = self.backend.prefill if context.is_prefill else self.backend.decode
+        inputs = AttentionInputs(query, key, value, self.k_cache, self.v_cache, self.scale, context)
+        return attend(inputs).flatten(1)

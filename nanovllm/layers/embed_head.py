@@ -7,6 +7,24 @@ from torch import Tensor, nn
 from nanovllm.utils.context import Context
 
 
+def resolve_and_embed(
+    sources: Tensor, sampled: Tensor, context_lens: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Embeddings and positions of the tokens that a decode step is fed.
+
+    Args:
+        sources: int32 [num_seqs]: a row of `sampled`, or -1 - token id where the id is known.
+        sampled: int64, the ids that the step before has sampled.
+        context_lens: int32 [num_seqs], 0 for padding.
+        weight: [vocab_size, hidden_size].
+
+    Returns:
+        [num_seqs, hidden_size] in weight's dtype, and int64 [num_seqs], 0 for padding.
+    """
+    ids = torch.where(sources < 0, -1 - sources.long(), sampled[sources.clamp(min=0).long()])
+    return F.embedding(ids, weight), context_lens.clamp(min=1).long() - 1
+
+
 class Embedding(nn.Module):
     """Holds the token embeddings [vocab_size, hidden_size]."""
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm import kernels
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32.
@@ -18,10 +20,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream, then norm it: (rms_norm(x + residual), x + residual)."""
-    residual = x + residual
-    return rms_norm(residual, weight, eps), residual
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream, if there is one, then norm: (rms_norm(sum), sum).
+
+    Args:
+        x, residual: [num_tokens, size].
+        weight: [size], in x's dtype.
+    """
+    total = x if residual is None else x + residual
+    return rms_norm(total, weight, eps), total
 
 
 class RMSNorm(nn.Module):
@@ -31,11 +40,12 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+        self.add_rms_norm = add_rms_norm
+        if kernels.usable():
+            from nanovllm.kernels.fused import add_rms_norm as kernel
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Norm of x [..., size]."""
-        return rms_norm(x, self.weight, self.eps)
+            self.add_rms_norm = kernel
 
-    def forward_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, x + residual), each [num_tokens, size]."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        return self.add_rms_norm(x, residual, self.weight, self.eps)

@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm import kernels
+
+MAX_SMALL_TOKENS = 32
+
 
 class Linear(nn.Module):
     """y = x @ weight.T + bias, weight [output_size, input_size] in the default dtype and device."""
@@ -14,9 +18,15 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(output_size, input_size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
+        # Up to so many tokens the kernel is faster than cuBLAS (measured on an H100).
+        self.max_small = MAX_SMALL_TOKENS if kernels.usable() else 0
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, input_size] -> [num_tokens, output_size]."""
+        if len(x) <= self.max_small:
+            from nanovllm.kernels.gemv import small_linear
+
+            return small_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 

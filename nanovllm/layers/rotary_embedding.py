@@ -39,8 +39,3 @@ class RotaryEmbedding(nn.Module):
         angles = torch.outer(positions, 1.0 / theta**exponents)
         cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
         self.register_buffer("cos_sin", cos_sin.to(torch.get_default_device()), persistent=False)
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 [num_tokens, 1, head_dim / 2], of int64 positions [num_tokens]."""
-        cos, sin = self.cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-        return cos, sin

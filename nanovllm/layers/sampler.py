@@ -1,26 +1,81 @@
-"""From logits to token ids."""
+"""From logits to token ids.
+
+argmax_i(logit_i + temperature * g_i) with g_i ~ Gumbel(0, 1) is distributed as
+softmax(logits / temperature), and temperature 0 is the argmax: no maximum, sum or sort is needed.
+The noise is a hash of (seed, position, token id): a request's tokens do not depend on what runs
+beside it.
+"""
 
 import torch
 from torch import Tensor
 
+# Noise for about this many logits is made at a time: it stays in a CPU's cache.
+NUM_AT_A_TIME = 1 << 18
 
-def sample(logits: Tensor, temperatures: Tensor) -> Tensor:
+
+def sample(
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
     """Draw one id a row from softmax(logits / temperature); the likeliest where temperature is 0.
-
-    An exponential race: with E_i ~ Exp(1), argmax_i p_i / E_i is distributed as p, and so is
-    argmax_i (log p_i - log E_i), which needs no softmax.
 
     Args:
         logits: [num_seqs, vocab_size], any float dtype.
         temperatures: float32 [num_seqs], >= 0.
+        seeds, positions: int64 [num_seqs]; the same pair draws the same noise.
 
     Returns:
-        int64 [num_seqs].
+        int64 [num_seqs]: `out`, if given.
     """
-    greedy = logits.argmax(dim=-1)
-    # Differences to the maximum: a tiny temperature then gives -inf, never inf - inf.
-    scores = logits.float() - logits.gather(1, greedy[:, None]).float()
-    scores.div_(temperatures.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
-    noise = torch.empty_like(scores).exponential_().clamp_(min=torch.finfo(torch.float32).tiny)
-    sampled = scores.sub_(noise.log_()).argmax(dim=-1)
-    return torch.where(temperatures == 0, greedy, sampled)
+    ids = torch.argmax(logits, dim=-1, out=out)
+    keys = _mix64(_mix64(seeds + _signed(0x9E3779B97F4A7C15, 64)) ^ positions)
+    vocab_size = logits.size(1)
+    for rows in temperatures.nonzero().flatten().split(max(1, NUM_AT_A_TIME // vocab_size)):
+        temperature = temperatures[rows, None]
+        noise = _gumbel(_random_bits(keys[rows], vocab_size))
+        # Above 1 the logits are divided instead, so that no product overflows.
+        scores = noise * temperature.clamp(max=1) + logits[rows] / temperature.clamp(min=1)
+        ids[rows] = scores.argmax(dim=-1)
+    return ids
+
+
+def _random_bits(keys: Tensor, size: int) -> Tensor:
+    """32 random bits for each key, int64 [n], and token id 0 .. size - 1: int32 [n, size].
+
+    The mixer lowbias32, keyed twice: a bijection of the token ids for each key.
+    """
+    tokens = torch.arange(size, dtype=torch.int32, device=keys.device)
+    low, high = keys.view(torch.int32).view(-1, 2, 1).unbind(1)  # little-endian
+    x = tokens ^ low
+    x = ((x ^ _shift(x, 16, 32)) * _signed(0x7FEB352D, 32)) ^ high
+    x = (x ^ _shift(x, 15, 32)) * _signed(0x846CA68B, 32)
+    return x ^ _shift(x, 16, 32)
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    """-log(-log(1 - x)), x = (bits + 1/2) / 2^32, float32, from int32 bits taken as unsigned."""
+    x = ((bits.long() & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
+    # Small x decide: there 1 - x is too coarse for a logarithm, and -log(1 - x) is a series.
+    series = x * (1.0 + x * (1 / 2 + x * (1 / 3 + x * (1 / 4 + x * (1 / 5)))))
+    rest = (1.0 - x).clamp_(min=2.0**-33)
+    return torch.where(x < 2.0**-4, series, rest.log_().neg_()).log_().neg_()
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), int64 taken as unsigned."""
+    x = (x ^ _shift(x, 30, 64)) * _signed(0xBF58476D1CE4E5B9, 64)
+    x = (x ^ _shift(x, 27, 64)) * _signed(0x94D049BB133111EB, 64)
+    return x ^ _shift(x, 31, 64)
+
+
+def _shift(x: Tensor, bits: int, width: int) -> Tensor:
+    """x >> bits without copies of the sign."""
+    return (x >> bits) & ((1 << (width - bits)) - 1)
+
+
+def _signed(x: int, width: int) -> int:
+    """The two's complement number with the same bits."""
+    return x - (1 << width) if x >> (width - 1) else x

@@ -3,18 +3,22 @@
 Module names follow the checkpoints', so that a tensor's name tells where it goes; projections of
 one input are merged. Tokens of all sequences lie in one row [num_tokens, ...]: only attention
 knows where one sequence ends.
+
+`forward` is the model as the paper has it. `forward_few` is the same for a decode step of a few
+sequences on a GPU, where reading the weights is all that counts: six launches a layer.
 """
 
 import torch
 from torch import Tensor, nn
 
+from nanovllm import kernels
 from nanovllm.config import ModelConfig
-from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import Attention, Backend
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear, MergedLinear
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.utils.context import Context
 
 
@@ -23,29 +27,30 @@ class Qwen3Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        self.sizes = [q_size, kv_size, kv_size]
         self.qkv_proj = MergedLinear(
             config.hidden_size,
             {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
             bias=config.qkv_bias,
         )
         self.o_proj = Linear(q_size, config.hidden_size, bias=config.output_bias)
+        self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.qk_norm = config.qk_norm
-        self.attn = Attention(config.head_dim, backend)
+        self.attn = Attention(config, backend)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
+    @property
+    def norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """The weights [head_dim] of q's and k's norm."""
+        if self.q_norm is None or self.k_norm is None:
+            return None, None
+        return self.q_norm.weight, self.k_norm.weight
+
+    def forward(self, x: Tensor, cos_sin: Tensor, positions: Tensor, context: Context) -> Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([size // self.head_dim for size in self.sizes], dim=1)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        return self.o_proj(self.attn(q, k, v, context).flatten(1))
+        qkv = self.qkv_proj(x)
+        return self.o_proj(self.attn(qkv, self.norms, cos_sin, positions, context))
 
 
 class Qwen3MLP(nn.Module):
@@ -55,11 +60,12 @@ class Qwen3MLP(nn.Module):
         super().__init__()
         size = config.intermediate_size
         self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": size, "up_proj": size})
+        self.act = SiluAndMul()
         self.down_proj = Linear(size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.act(self.gate_up_proj(x)))
 
 
 class Qwen3DecoderLayer(nn.Module):
@@ -73,16 +79,33 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, context: Context
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos_sin: Tensor,
+        positions: Tensor,
+        context: Context,
     ) -> tuple[Tensor, Tensor]:
         """x, residual: [num_tokens, hidden_size] each; residual is None in the first layer."""
-        if residual is None:
-            x, residual = self.input_layernorm(x), x
-        else:
-            x, residual = self.input_layernorm.forward_add(x, residual)
-        x = self.self_attn(x, cos, sin, context)
-        x, residual = self.post_attention_layernorm.forward_add(x, residual)
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, cos_sin, positions, context)
+        x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
+
+    def forward_few(
+        self, x: Tensor, cos_sin: Tensor, positions: Tensor, context: Context
+    ) -> Tensor:
+        """The stream x [num_seqs, hidden_size] through the block, in six launches."""
+        from nanovllm.kernels.gemv import linear_add, rms_norm_gate_up, rms_norm_linear
+
+        attention, mlp = self.self_attn, self.mlp
+        norm, qkv_proj, o_proj = self.input_layernorm, attention.qkv_proj, attention.o_proj
+        qkv = rms_norm_linear(x, norm.weight, norm.eps, qkv_proj.weight, qkv_proj.bias)
+        heads = attention.attn(qkv, attention.norms, cos_sin, positions, context)
+        x = linear_add(heads, o_proj.weight, x, o_proj.bias)
+        norm = self.post_attention_layernorm
+        hidden = rms_norm_gate_up(x, norm.weight, norm.eps, mlp.gate_up_proj.weight)
+        return linear_add(hidden, mlp.down_proj.weight, x)
 
 
 class Qwen3Model(nn.Module):
@@ -97,13 +120,18 @@ class Qwen3Model(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """int64 [num_tokens] each -> [num_tokens, hidden_size]."""
-        cos, sin = self.rotary_emb(positions)
-        x, residual = self.embed_tokens(input_ids), None
+    def forward(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
+        """Embeddings [num_tokens, hidden_size] -> normed hidden states of the same shape."""
+        residual = None
         for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin, context)
-        x, _ = self.norm.forward_add(x, residual)
+            x, residual = layer(x, residual, self.rotary_emb.cos_sin, positions, context)
+        x, _ = self.norm(x, residual)
+        return x
+
+    def forward_few(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
+        """`forward` up to the final norm."""
+        for layer in self.layers:
+            x = layer.forward_few(x, self.rotary_emb.cos_sin, positions, context)
         return x
 
 
@@ -123,6 +151,11 @@ class Qwen3ForCausalLM(nn.Module):
         self.tie_word_embeddings = config.tie_word_embeddings
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.max_few = 0  # the largest decode step that forward_few takes
+        if kernels.usable() and backend.decode_name == "triton":
+            from nanovllm.kernels.gemv import MAX_TOKENS
+
+            self.max_few = MAX_TOKENS if config.hidden_size <= 2048 else 1
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
@@ -134,4 +167,16 @@ class Qwen3ForCausalLM(nn.Module):
         Returns:
             [num_sampled, vocab_size] in the model's dtype.
         """
-        return self.lm_head(self.model(input_ids, positions, context), context)
+        x = self.model.embed_tokens(input_ids)
+        return self.lm_head(self.model(x, positions, context), context)
+
+    @torch.inference_mode()
+    def decode(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
+        """A decode step: embeddings [num_seqs, hidden_size] to logits [num_seqs, vocab_size]."""
+        if len(x) > self.max_few:
+            return self.lm_head(self.model(x, positions, context), context)
+        from nanovllm.kernels.gemv import rms_norm_linear
+
+        norm = self.model.norm
+        x = self.model.forward_few(x, positions, context)
+        return rms_norm_linear(x, norm.weight, norm.eps, self.lm_head.weight)

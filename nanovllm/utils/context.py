@@ -12,7 +12,7 @@ class Context:
     """The layout of one step's tokens, handed down through the model's forward.
 
     Tensors lie on the model's device. The lists are the same numbers on the host, for code that
-    loops over the sequences.
+    loops over the sequences; a CUDA graph's context has none.
 
     Args:
         is_prefill: several tokens a sequence (True), or one (False).
@@ -28,6 +28,7 @@ class Context:
         block_size: token positions in a block.
         logit_rows: int64 [num_sampled], the rows of the hidden states to compute logits for;
             None = all.
+        decode_workspace: scratch memory of the Triton decode kernel (kernels.attention).
     """
 
     is_prefill: bool
@@ -40,6 +41,7 @@ class Context:
     context_lens: Tensor | None = None
     block_tables: Tensor | None = None
     logit_rows: Tensor | None = None
+    decode_workspace: "tuple[Tensor, ...] | None" = None
 
     @cached_property
     def max_query_len(self) -> int:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ import torch
 GIB = 1 << 30
 CPU_POOL_LIMIT = 4 * GIB
 # Left free on the GPU for what no allocator reports: the driver's own, kernels loaded later.
-CUDA_MARGIN = GIB // 4
+CUDA_MARGIN = GIB // 2
 
 
 def free_cpu_memory() -> int:
@@ -52,14 +53,31 @@ class CudaBudget:
         """Bytes that the engine held at most, since it began."""
         return torch.cuda.max_memory_allocated(self.device) - self.start
 
-    def pool_bytes(self, utilization: float) -> int:
-        """Bytes for the KV pool: the engine's share of the GPU less its peak, if that is free.
+    def growth_of(self, make: Callable[[], object]) -> int:
+        """Bytes that something takes as long as it lives; it is made to see, and dropped."""
+        self._collect()
+        before = torch.cuda.memory_reserved(self.device)
+        made = make()
+        growth = torch.cuda.memory_reserved(self.device) - before
+        del made
+        return max(0, growth)
+
+    def pool_bytes(self, utilization: float, later_bytes: int) -> int:
+        """Bytes for the KV pool: the engine's share of the GPU less what it takes, if it is free.
 
         Call it with the peak behind: weights loaded, the largest step run.
+
+        Args:
+            utilization: the engine's share of the GPU.
+            later_bytes: what will be allocated after the pool.
         """
-        gc.collect()
-        torch.cuda.empty_cache()
+        self._collect()
         free, total = torch.cuda.mem_get_info(self.device)
         held = torch.cuda.memory_allocated(self.device) - self.start
         available = free - (self.peak() - held) - CUDA_MARGIN
-        return int(min(total * utilization - self.peak(), available))
+        return int(min(total * utilization - self.peak(), available)) - later_bytes
+
+    def _collect(self) -> None:
+        torch.cuda.synchronize(self.device)
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,0 +1,256 @@
+"""Elementwise work of a layer, fused: residual add + norm, QK-norm + rotary + store, SiLU * up.
+
+Twins: nanovllm.layers.layernorm, .rotary_embedding, .activation. The kernels round where the twins
+do (after the residual add, after the norm, after its weight), so both give the same tokens.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nanovllm.kernels.device import has_pdl
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    x, residual, weight, normed, new_residual, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a row."""
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < SIZE
+    w = tl.load(weight + offsets, mask=mask, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64) * SIZE + offsets
+    total = tl.load(x + row, mask=mask, other=0.0)
+    if ADD:
+        total = (total.to(tl.float32) + tl.load(residual + row, mask=mask, other=0.0)).to(w.dtype)
+        tl.store(new_residual + row, total, mask=mask)
+    total = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(total * total, axis=0) / SIZE + eps)
+    rounded = (total * scale).to(w.dtype).to(tl.float32)
+    tl.store(normed + row, rounded * w.to(tl.float32), mask=mask)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual). Twin: nanovllm.layers.layernorm.add_rms_norm.
+
+    Args:
+        x: [num_tokens, size], contiguous.
+        residual: as x; None = 0, and x itself is the second result.
+        weight: [size], in x's dtype.
+    """
+    num_tokens, size = x.shape
+    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
+    normed = torch.empty_like(x)
+    new_residual = x if residual is None else torch.empty_like(x)
+    pdl = has_pdl(x.device)
+    block = triton.next_power_of_2(size)
+    if num_tokens:
+        with torch.cuda.device_of(x):
+            _add_rms_norm_kernel[(num_tokens,)](
+                x, residual, weight, normed, new_residual, eps, SIZE=size, BLOCK=block,
+                ADD=residual is not None, PDL=pdl, launch_pdl=pdl,
+                num_warps=min(max(block // 512, 1), 8),
+            )  # fmt: skip
+    return normed, new_residual
+
+
+@triton.jit
+def partners(dims, HEAD_DIM: tl.constexpr) -> tl.tensor:
+    """The elements of a head that `dims` are rotated with."""
+    return tl.where(dims < HEAD_DIM // 2, dims + HEAD_DIM // 2, dims - HEAD_DIM // 2)
+
+
+@triton.jit
+def load_angles(cos_sin, dims, HEAD_DIM: tl.constexpr):  # noqa: ANN201
+    """cos and signed sin [1, len(dims)] of the token whose row cos_sin points to."""
+    first = dims < HEAD_DIM // 2
+    angles = tl.where(first, dims, dims - HEAD_DIM // 2)
+    cos = tl.load(cos_sin + angles, mask=dims < HEAD_DIM, other=0.0)
+    sin = tl.load(cos_sin + HEAD_DIM // 2 + angles, mask=dims < HEAD_DIM, other=0.0)
+    return cos[None, :], tl.where(first, -sin, sin)[None, :]
+
+
+@triton.jit
+def load_weights(weight, dims, HEAD_DIM: tl.constexpr):  # noqa: ANN201
+    """A norm's weights [1, len(dims)] of `dims` and of their partners, float32."""
+    mask = dims < HEAD_DIM
+    own = tl.load(weight + dims, mask=mask, other=0.0)
+    partner = tl.load(weight + partners(dims, HEAD_DIM), mask=mask, other=0.0)
+    return own.to(tl.float32)[None, :], partner.to(tl.float32)[None, :]
+
+
+@triton.jit
+def norm_rope(
+    heads, own_weight, partner_weight, cos, sin, dims, eps, HEAD_DIM: tl.constexpr,
+    NORM: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """RMSNorm (if NORM) and rotary embedding of heads of one token.
+
+    heads: pointers [rows, 1] to each head's first element. The rest: from load_weights,
+    load_angles, and tl.arange over HEAD_DIM, padded to a power of two.
+
+    Returns [rows, len(dims)] in the dtype of heads, 0 in the padding.
+    """
+    dtype = heads.dtype.element_ty
+    mask = (dims < HEAD_DIM)[None, :]
+    # The partners are read a second time, from L1, rather than shuffled.
+    x = tl.load(heads + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(heads + partners(dims, HEAD_DIM)[None, :], mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
+        x = ((x * scale).to(dtype).to(tl.float32) * own_weight).to(dtype).to(tl.float32)
+        y = ((y * scale).to(dtype).to(tl.float32) * partner_weight).to(dtype).to(tl.float32)
+    return (x * cos + y * sin).to(dtype)
+
+
+@triton.jit
+def _qk_norm_rope_store_kernel(
+    qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q_out, k_out, k_cache, v_cache, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr,
+    WRITE_KEY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for HEADS heads of a token; HEADS divides both head counts."""
+    token = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * HEADS
+    dims = tl.arange(0, BLOCK_D)
+    mask = (dims < HEAD_DIM)[None, :]
+    cos, sin = load_angles(cos_sin + tl.load(positions + token) * HEAD_DIM, dims, HEAD_DIM)
+    own_weight, partner_weight = cos, sin
+    if NORM:
+        if first < NUM_HEADS:
+            own_weight, partner_weight = load_weights(q_weight, dims, HEAD_DIM)
+        else:
+            own_weight, partner_weight = load_weights(k_weight, dims, HEAD_DIM)
+    slot = tl.full([], -1, tl.int64)
+    if STORE:
+        slot = tl.load(slot_mapping + token).to(tl.int64)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    rows = (first + tl.arange(0, HEADS))[:, None] * HEAD_DIM
+    heads = qkv + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + rows
+    if first < NUM_HEADS + NUM_KV_HEADS:
+        x = norm_rope(heads, own_weight, partner_weight, cos, sin, dims, eps, HEAD_DIM, NORM)
+        if first < NUM_HEADS:
+            tl.store(q_out + token * NUM_HEADS * HEAD_DIM + rows + dims[None, :], x, mask=mask)
+        else:
+            offsets = rows - NUM_HEADS * HEAD_DIM + dims[None, :]
+            if WRITE_KEY:
+                tl.store(k_out + token * NUM_KV_HEADS * HEAD_DIM + offsets, x, mask=mask)
+            if slot >= 0:
+                tl.store(k_cache + slot * NUM_KV_HEADS * HEAD_DIM + offsets, x, mask=mask)
+    elif slot >= 0:
+        offsets = rows - (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM + dims[None, :]
+        v = tl.load(heads + dims[None, :], mask=mask)
+        tl.store(v_cache + slot * NUM_KV_HEADS * HEAD_DIM + offsets, v, mask=mask)
+
+
+def qk_norm_rope_store(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    slot_mapping: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    write_key: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """QK-norm, rotary embedding and the store of K and V, from the merged projection.
+
+    Twins: rms_norm, apply_rotary and store_kvcache of nanovllm.layers, one after the other.
+
+    Args:
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous.
+        q_weight, k_weight: [head_dim] in qkv's dtype, or None: no norm.
+        cos_sin: float32 [max_positions, head_dim], cos | sin.
+        positions: int64 [num_tokens].
+        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], contiguous; None or
+            empty: nothing is stored.
+        slot_mapping: int32 [num_tokens], -1 = nowhere.
+        write_key: also return K, for a prefill that attends to this step's keys.
+
+    Returns:
+        q [num_tokens, num_heads, head_dim]; k [num_tokens, num_kv_heads, head_dim] or None;
+        v as k, a view of qkv.
+    """
+    num_tokens, width = qkv.shape
+    head_dim = width // (num_heads + 2 * num_kv_heads)
+    assert qkv.is_contiguous() and cos_sin.is_contiguous() and cos_sin.size(1) == head_dim
+    assert head_dim % 2 == 0 and (q_weight is None) == (k_weight is None)
+    q = qkv.new_empty(num_tokens, num_heads, head_dim)
+    k = qkv.new_empty(num_tokens, num_kv_heads, head_dim) if write_key else None
+    v = qkv.view(num_tokens, -1, head_dim)[:, num_heads + num_kv_heads :]
+    store = k_cache is not None and k_cache.numel() > 0
+    # Few tokens: small programs, so that many SMs share the work.
+    heads = 8 if num_tokens >= 64 else 2
+    while num_heads % heads or num_kv_heads % heads:
+        heads //= 2
+    pdl = has_pdl(qkv.device)
+    if num_tokens:
+        with torch.cuda.device_of(qkv):
+            _qk_norm_rope_store_kernel[(num_tokens, (num_heads + 2 * num_kv_heads) // heads)](
+                qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q, k, k_cache, v_cache,
+                eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+                BLOCK_D=triton.next_power_of_2(head_dim), HEADS=heads, NORM=q_weight is not None,
+                STORE=store, WRITE_KEY=write_key, PDL=pdl, launch_pdl=pdl,
+                num_warps=4 if heads >= 4 else 1,
+            )  # fmt: skip
+    return q, k, v
+
+
+@triton.jit
+def silu_times(gate, up, dtype: tl.constexpr) -> tl.tensor:
+    """silu(gate) * up with the twin's rounding between the two, in float32."""
+    gate = gate.to(tl.float32)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return (activated * up.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _silu_and_mul_kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One program for BLOCK columns of a row."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < SIZE
+    gate = tl.load(gate_up + token * 2 * SIZE + columns, mask=mask)
+    up = tl.load(gate_up + token * 2 * SIZE + SIZE + columns, mask=mask)
+    tl.store(out + token * SIZE + columns, silu_times(gate, up, gate.dtype), mask=mask)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """SiLU(gate) * up. Twin: nanovllm.layers.activation.silu_and_mul.
+
+    Args:
+        gate_up: [num_tokens, 2 * intermediate_size], contiguous.
+
+    Returns:
+        [num_tokens, intermediate_size].
+    """
+    num_tokens, width = gate_up.shape
+    size = width // 2
+    assert gate_up.is_contiguous()
+    out = gate_up.new_empty(num_tokens, size)
+    block = min(1024, triton.next_power_of_2(size))
+    pdl = has_pdl(gate_up.device)
+    if num_tokens:
+        with torch.cuda.device_of(gate_up):
+            _silu_and_mul_kernel[(num_tokens, triton.cdiv(size, block))](
+                gate_up, out, SIZE=size, BLOCK=block, PDL=pdl, launch_pdl=pdl
+            )
+    return out

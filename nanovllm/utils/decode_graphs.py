@@ -1,0 +1,181 @@
+"""DecodeGraphs: a decode step as one CUDA graph, from token ids to sampled token ids."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.utils.context import Context
+
+# source, slot, context length, temperature (float32 bits), seed (int64 in two)
+NUM_FIELDS = 6
+
+
+class DecodeRow(NamedTuple):
+    """What one sequence gives to a decode step.
+
+    source: a row of the ids that the step before sampled, or -1 - token id where the id is known.
+    slot: where the token's K/V goes. context_len: its position + 1.
+    """
+
+    source: int
+    slot: int
+    context_len: int
+    block_table: list[int]
+    temperature: float
+    seed: int
+
+
+class StepInputs:
+    """The inputs of a decode step in fixed memory: a packed int32 [fields, rows] and block tables.
+
+    Args:
+        max_num_seqs: rows.
+        max_blocks: longest block table.
+        device: a CUDA device, or "cpu" for the pinned twin that is copied from.
+    """
+
+    def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device | str) -> None:
+        options = {"dtype": torch.int32, "device": device, "pin_memory": str(device) == "cpu"}
+        rows = -(-max_num_seqs // 32) * 32  # every field begins at a multiple of 128 bytes
+        self.fields = torch.zeros(NUM_FIELDS, rows, **options)
+        self.block_tables = torch.zeros(max_num_seqs, max_blocks, **options)
+
+    def tensors(self, num_seqs: int) -> "StepTensors":
+        """Views of the first rows."""
+        sources, slots, context_lens, temperatures = self.fields[:4, :num_seqs]
+        seeds = self.fields[4:].flatten().view(torch.int64)
+        return StepTensors(
+            sources=sources,
+            slot_mapping=slots,
+            context_lens=context_lens,
+            block_tables=self.block_tables[:num_seqs],
+            temperatures=temperatures.view(torch.float32),
+            seeds=seeds[:num_seqs],
+        )
+
+
+class StepTensors(NamedTuple):
+    """A decode step's inputs: int32 [num_seqs], but temperatures float32 and seeds int64.
+
+    block_tables: int32 [num_seqs, max_blocks]. See DecodeRow.
+    """
+
+    sources: Tensor
+    slot_mapping: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    temperatures: Tensor
+    seeds: Tensor
+
+
+class Staging:
+    """Pinned host memory that one step's inputs are written to and copied from."""
+
+    def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
+        self.inputs = StepInputs(max_num_seqs, max_blocks, "cpu")
+        self.fields = self.inputs.fields.numpy()
+        self.temperatures = self.inputs.fields[3].view(torch.float32).numpy()
+        self.seeds = self.inputs.fields[4:].flatten().view(torch.int64).numpy()
+        self.block_tables = self.inputs.block_tables.numpy()
+        self.copied = torch.cuda.Event()
+
+    def write(self, rows: list[DecodeRow], num_padded: int) -> None:
+        """Write the rows, then padding up to num_padded: no slot, context length 0."""
+        self.copied.synchronize()  # the copy of two steps ago has long been made
+        count = len(rows)
+        sources, slots, context_lens, tables, temperatures, seeds = zip(*rows, strict=True)
+        self.fields[:3, :count] = np.array((sources, slots, context_lens), dtype=np.int32)
+        self.temperatures[:count] = temperatures
+        self.seeds[:count] = seeds
+        for row, table in zip(self.block_tables, tables, strict=False):
+            row[: len(table)] = table
+        padding = slice(count, num_padded)
+        self.fields[0, padding] = -1
+        self.fields[1, padding] = -1
+        self.fields[2, padding] = 0
+        self.temperatures[padding] = 0
+
+    def copy_to(self, target: StepInputs, num_seqs: int) -> None:
+        """Start the copy of the first rows to the device."""
+        target.fields.copy_(self.inputs.fields, non_blocking=True)
+        tables = self.inputs.block_tables[:num_seqs]
+        target.block_tables[:num_seqs].copy_(tables, non_blocking=True)
+        self.copied.record()
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes to capture: every number of sequences has one that is little larger."""
+    sizes = [1, 2, 4, 8, *range(16, 64, 16), *range(64, 256, 32), *range(256, max_num_seqs, 64)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+class DecodeGraphs:
+    """Captures a decode step for every size in graph_sizes, and replays them.
+
+    Two sets of pinned memory take turns, so that the inputs of the next step can be written while
+    this one's are still being copied.
+
+    Args:
+        step: computes a decode step from StepTensors and its Context, with a fixed sequence of
+            launches, and leaves the sampled ids where the next step's `sources` point to.
+        max_num_seqs, max_blocks: the largest step.
+        block_size: token positions in a block.
+        device: a CUDA device.
+        workspace: for Context.decode_workspace.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[StepTensors, Context], object],
+        max_num_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        device: torch.device,
+        workspace: tuple[Tensor, ...] | None,
+    ) -> None:
+        self.step = step
+        self.block_size = block_size
+        self.workspace = workspace
+        self.sizes = graph_sizes(max_num_seqs)
+        self.inputs = StepInputs(max_num_seqs, max_blocks, device)
+        self.staging = [Staging(max_num_seqs, max_blocks) for _ in range(2)]
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, sizes: list[int]) -> None:
+        """Capture graphs, the largest first: the smaller ones then need no memory of their own."""
+        self.inputs.fields[0] = -1
+        self.inputs.fields[1] = -1
+        for size in sorted(sizes, reverse=True):
+            tensors = self.inputs.tensors(size)
+            context = self._context(tensors)
+            self.step(tensors, context)  # compiles and loads what cannot be while capturing
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool):
+                self.step(tensors, context)
+            self.graphs[size] = graph
+
+    def launch(self, rows: list[DecodeRow]) -> None:
+        """Start the step of these rows."""
+        size = next(size for size in self.sizes if size >= len(rows))
+        staging = self.staging[0]
+        self.staging.reverse()
+        staging.write(rows, size)
+        staging.copy_to(self.inputs, size)
+        self.graphs[size].replay()
+
+    def _context(self, tensors: StepTensors) -> Context:
+        return Context(
+            is_prefill=False,
+            slot_mapping=tensors.slot_mapping,
+            query_lens=[],
+            key_lens=[],
+            block_size=self.block_size,
+            context_lens=tensors.context_lens,
+            block_tables=tensors.block_tables,
+            decode_workspace=self.workspace,
+        )
