@@ -24,10 +24,10 @@ from nanovllm.engine.scheduler import ScheduledSequence
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import (
+    BACKENDS,
     MASKED_QUERY_ROWS,
     Attention,
     AttentionInputs,
-    Backend,
     store_kvcache,
     torch_decode,
     torch_prefill,
@@ -346,7 +346,7 @@ def test_the_attention_layer_norms_rotates_stores_and_attends(
     """From a merged projection: as its parts one after the other, K/V stored before it attends."""
     directory = checkpoint(ModelSpec(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16))
     config = ModelConfig.from_dict(read_json(directory / "config.json"))
-    layer = Attention(config, Backend("torch", "torch"))
+    layer = Attention(config, BACKENDS["torch"])
     assert layer.scale == 0.25
     batch = PagedBatch([5, 3], [5, 19])
     k_cache, v_cache = batch.inputs.k_cache, batch.inputs.v_cache

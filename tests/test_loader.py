@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import CheckpointFactory, ModelSpec, completions, edit_json
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanovllm import LLM
 from nanovllm.config import ModelConfig, read_json
-from nanovllm.layers.attention import Backend
+from nanovllm.layers.attention import BACKENDS
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import fill_random, load_weights, resolve_model_dir
 
@@ -28,7 +30,7 @@ SHARDED = ModelSpec(max_shard_size="100KB")
 def load(model_dir: Path) -> Qwen3ForCausalLM:
     """The model, its parameters NaN until something fills them."""
     config = ModelConfig.from_dict(read_json(model_dir / "config.json"))
-    model = Qwen3ForCausalLM(config, Backend("torch", "torch"), max_positions=32)
+    model = Qwen3ForCausalLM(config, BACKENDS["torch"], max_positions=32)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     load_weights(model, model_dir)
@@ -125,7 +127,7 @@ def test_tensors_are_converted_to_the_parameters_dtype(
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, file_dtype)}
     config = ModelConfig.from_dict(read_json(model_dir / "config.json"))
     assert config.dtype == file_dtype
-    model = Qwen3ForCausalLM(config, Backend("torch", "torch"), max_positions=32).to(dtype)
+    model = Qwen3ForCausalLM(config, BACKENDS["torch"], max_positions=32).to(dtype)
     load_weights(model, model_dir)
     weight = model.model.layers[0].mlp.down_proj.weight
     assert weight.dtype == dtype
@@ -332,8 +334,6 @@ def test_a_path_object_is_taken_for_a_directory(tiny_model: Path) -> None:
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the Hub client, which is offline."""
-    import huggingface_hub.constants
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
@@ -381,6 +381,27 @@ def test_a_repo_that_is_not_in_the_cache_is_refused_when_offline(hub_cache: Path
         LLM("someone/Other")
 
 
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_only_the_files_of_a_repo_that_are_needed_are_fetched(
+    with_weights: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fetch(repo_id: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.append((repo_id, allow_patterns))
+        return str(tmp_path)
+
+    asked: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert resolve_model_dir("someone/Tiny-Qwen3", with_weights) == tmp_path
+    [(repo_id, patterns)] = asked
+    assert repo_id == "someone/Tiny-Qwen3"
+    small = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    small += ["vocab.json", "merges.txt", "chat_template.jinja"]
+    weights = ["model.safetensors", "model-00001-of-00002.safetensors", INDEX]
+    others = ["pytorch_model.bin", "README.md", "model.onnx", "original/consolidated.pth"]
+    fetched = set(filter_repo_objects(small + weights + others, allow_patterns=patterns))
+    assert fetched == set(small + weights if with_weights else small)
+
+
 # --- random weights --------------------------------------------------------------------------
 
 
@@ -396,7 +417,7 @@ def test_dummy_weights_are_finite_and_not_all_alike(
     spec: ModelSpec, checkpoint: CheckpointFactory
 ) -> None:
     config = ModelConfig.from_dict(read_json(checkpoint(spec) / "config.json"))
-    model = Qwen3ForCausalLM(config, Backend("torch", "torch"), max_positions=32)
+    model = Qwen3ForCausalLM(config, BACKENDS["torch"], max_positions=32)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     fill_random(model)

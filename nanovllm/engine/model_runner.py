@@ -14,7 +14,7 @@ from torch import Tensor
 from nanovllm import kernels
 from nanovllm.config import Config, check_pool_size
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
-from nanovllm.layers.attention import Attention, select_backend
+from nanovllm.layers.attention import BACKENDS, Attention, select_backend
 from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -151,7 +151,7 @@ class ModelRunner:
     def _load_model(self) -> Qwen3ForCausalLM:
         with _construction(self.device, self.dtype):
             model = Qwen3ForCausalLM(
-                self.config.model_config, self.backend, self.config.max_model_len
+                self.config.model_config, BACKENDS[self.backend], self.config.max_model_len
             )
         if self.config.load_format == "dummy":
             fill_random(model)
@@ -247,7 +247,7 @@ class ModelRunner:
         """True if a decode step is a fixed sequence of launches, and wanted as a graph."""
         return (
             kernels.usable(self.device)
-            and not self.backend.loops_on_host
+            and not BACKENDS[self.backend].loops_on_host
             and not self.config.enforce_eager
         )
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nanovllm import kernels
 
-MAX_SMALL_TOKENS = 32
+MAX_SMALL_TOKENS = 64
 
 
 class Linear(nn.Module):

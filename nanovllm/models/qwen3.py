@@ -152,7 +152,7 @@ class Qwen3ForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.max_few = 0  # the largest decode step that forward_few takes
-        if kernels.usable() and backend.decode_name == "triton":
+        if kernels.usable():
             from nanovllm.kernels.gemv import MAX_TOKENS
 
             self.max_few = MAX_TOKENS if config.hidden_size <= 2048 else 1
