@@ -149,6 +149,8 @@ def test_preemption_changes_no_token(
         assert llm.scheduler.num_preemptions > 0
         tally.count("parity: preemptions", llm.scheduler.num_preemptions)
         print(f"{llm.scheduler.num_preemptions} preemptions")
+        # A preempted sequence keeps its tokens: none is sampled a second time.
+        assert sum(item.samples for batch in spy.batches for item in batch.items) == 16 * 64
         record(tally, compare_run(reference(model), spy, prompts, outputs))
 
 
@@ -166,6 +168,20 @@ def test_prefixes_shared_within_a_batch_change_no_token(
         # At least the last token is computed: of 300 tokens, the first 18 blocks can be shared.
         assert cached == [0, 0, 288, 288, 288, 144]
         tally.count("parity: tokens reused, same batch", sum(cached))
+        record(tally, compare_run(reference(model), spy, prompts, outputs))
+
+
+@some_models
+def test_equal_tokens_behind_different_prefixes_are_not_shared(
+    spec: ModelSpec, checkpoint: CheckpointFactory, reference: ReferenceFactory, tally: Tally
+) -> None:
+    model = checkpoint(spec)
+    a, b, tail = random_prompts([16, 16, 5], spec.vocab_size, spec.seed)
+    prompts = [a + b + tail, b + tail, b + a + tail, a + a + b + tail]
+    with watched(model, kvcache_block_size=16) as (llm, spy):
+        outputs = completions(llm, prompts, max_tokens=24)
+        cached = [seq.num_cached_tokens for _, seq in sorted(spy.seqs.items())]
+        assert cached == [0, 0, 16, 16]
         record(tally, compare_run(reference(model), spy, prompts, outputs))
 
 

@@ -152,6 +152,18 @@ def test_noise_depends_on_seed_position_and_token_alone() -> None:
     assert not torch.equal(sampler.sample(logits, ones, seeds + 1, positions), ids)
 
 
+@pytest.mark.parametrize("varies", ["seeds", "positions"])
+def test_neighbouring_seeds_and_positions_draw_independently(varies: str) -> None:
+    """The tokens of one request, or of requests whose seeds follow one another."""
+    counting, constant = torch.arange(NUM_DRAWS), torch.full((NUM_DRAWS,), 12345)
+    seeds, positions = (counting, constant) if varies == "seeds" else (constant, counting)
+    logits, ones = torch.zeros(NUM_DRAWS, 4), torch.ones(NUM_DRAWS)
+    ids = sampler.sample(logits, ones, seeds, positions)
+    for first, second in ((ids[::2], ids[1::2]), (ids[: NUM_DRAWS // 2], ids[NUM_DRAWS // 2 :])):
+        pairs = (first * 4 + second).bincount(minlength=16)
+        assert float(stats.chisquare(pairs.double().numpy()).pvalue) > 0.001
+
+
 def test_large_logits_do_not_overflow() -> None:
     torch.manual_seed(0)
     shifted = LOGITS + 1e4
@@ -231,3 +243,28 @@ def test_each_request_has_its_own_temperature(tiny_model: Path) -> None:
         outputs = llm.generate(prompts, [greedy(20), hot] * 6, use_tqdm=False)
     is_greedy = [output["token_ids"] == expected for output in outputs]
     assert is_greedy == [True, False] * 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kvcache_block_size": 32, "max_num_batched_tokens": 7},
+        {"max_num_seqs": 2},
+        {"num_kvcache_blocks": 5},
+    ],
+    ids=str,
+)
+def test_sampled_tokens_do_not_depend_on_how_they_were_scheduled(
+    options: dict[str, int], tiny_model: Path
+) -> None:
+    prompts = [[5, 6, 7], [8], [9] * 20, [5, 6, 7], [10] * 16]
+    params = SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True)
+
+    def run(**options: Any) -> list[list[int]]:
+        with LLM(str(tiny_model), **OPTIONS | options) as llm:
+            torch.manual_seed(0)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            assert (llm.scheduler.num_preemptions > 0) == ("num_kvcache_blocks" in options)
+            return [output["token_ids"] for output in outputs]
+
+    assert run(**options) == run()

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from itertools import count
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -381,16 +382,15 @@ def test_several_preempted_sequences_wait_in_order_of_arrival() -> None:
 
 
 def test_only_as_many_are_preempted_as_blocks_are_missing() -> None:
-    scheduler = make_scheduler(num_blocks=9)
-    seqs = [add(scheduler, 4) for _ in range(3)]
-    step(scheduler)
+    """All five begin their third block: without the two youngest, which had two each, it fits."""
+    scheduler = make_scheduler(num_blocks=10)
+    seqs = [add(scheduler, 4) for _ in range(5)]
     num_preempted = []
-    for _ in range(9):
+    for _ in range(6):
         step(scheduler)
         num_preempted.append(scheduler.num_preemptions)
-    # 3, 6, 9 blocks after 4, 8, 12 tokens; the next block comes from the youngest alone.
-    assert num_preempted == [0, 0, 0, 0, 0, 0, 0, 0, 1]
-    assert_queues(scheduler, seqs[:2], seqs[2:])
+    assert num_preempted == [0, 0, 0, 0, 0, 2]
+    assert_queues(scheduler, seqs[:3], seqs[3:])
 
 
 def test_a_lone_sequence_uses_the_whole_pool_and_is_never_preempted() -> None:
@@ -411,7 +411,7 @@ def test_a_preempted_sequence_goes_on_before_newer_ones() -> None:
     while not scheduler.num_preemptions:
         step(scheduler)
     newer = add(scheduler, 1)
-    order = []
+    order: list[Sequence] = []
     while len(order) < 2:
         batch = step(scheduler)
         order += [seq for seq in seqs_of(batch) if batch.is_prefill]
@@ -618,6 +618,7 @@ def test_a_stop_seen_one_step_late_drops_the_extra_token() -> None:
     assert scheduler.block_manager.num_used_blocks == len(other.block_table)
     assert scheduler.postprocess(following, [2, 3]) == []
     assert seq.completion_token_ids == [0, STOP]
+    assert (seq.num_unread_tokens, seq.num_completion_tokens) == (0, 2)
     assert other.completion_token_ids == [0, 1, 3]
 
 
@@ -770,3 +771,23 @@ def test_start_over_keeps_the_size_of_the_pool() -> None:
     assert scheduler.block_manager.num_blocks == 5
     assert scheduler.block_manager.block_size == 3
     assert scheduler.schedule() is None
+
+
+def test_start_over_gives_back_what_had_ended_when_the_step_broke_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their last tokens were read, but the reading of the step failed before it said so."""
+    scheduler = make_scheduler()
+    at_limit = add(scheduler, 5, max_tokens=2)
+    stopped, going_on = add(scheduler, 5), add(scheduler, 5)
+    step(scheduler)
+    batch = must_schedule(scheduler)
+    publish = Mock(side_effect=[None, None, RuntimeError])
+    monkeypatch.setattr(scheduler.block_manager, "publish", publish)
+    with pytest.raises(RuntimeError):
+        scheduler.postprocess(batch, [1, STOP, 2])
+    assert scheduler.start_over([at_limit, stopped, going_on]) == [at_limit, stopped]
+    assert (at_limit.finish_reason, stopped.finish_reason) == ("length", "stop")
+    assert at_limit.is_finished
+    assert stopped.is_finished
+    assert_queues(scheduler, [], [going_on])

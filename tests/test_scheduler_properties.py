@@ -7,6 +7,8 @@ slot holds the whole history. Each step checks that every position it attends to
 """
 
 from collections import Counter
+from contextlib import suppress
+from itertools import count
 from types import SimpleNamespace
 from typing import ClassVar, cast
 from zlib import crc32
@@ -56,6 +58,10 @@ def next_token(history: History) -> int:
     return crc32(history) % NUM_IDS
 
 
+class BrokenOff(Exception):
+    """What a planted fault raises."""
+
+
 class Request:
     """A sequence and what must become of it."""
 
@@ -65,7 +71,7 @@ class Request:
         params = seq.params
         history = bytes(seq.token_ids)
         max_tokens = min(params.max_tokens, MAX_MODEL_LEN - len(history))
-        completion = []
+        completion: list[int] = []
         self.finish_reason = "length"
         for _ in range(max_tokens):
             completion.append(next_token(history + bytes(completion)))
@@ -150,16 +156,28 @@ class Simulation:
         request.is_aborted |= request.is_under_way
         self.scheduler.abort(request.seq)
 
-    def break_off(self, num_written: int) -> None:
-        """A step fails halfway through its writes; nothing that is in flight will be read."""
+    def break_off(self, num_written: int, num_read: int) -> None:
+        """A step fails halfway through its writes, or the reading of the one before it does."""
         batch = self.schedule()
         for item in batch.items if batch else []:
             for position in range(item.start, item.end)[:num_written]:
                 self.slot(item.seq, position)[position % self.block_size] = GARBAGE
-        self.in_flight = None
+        publish, num_published = self.block_manager.publish, count()
+
+        def publish_some(seq: Sequence, start: int, end: int) -> None:
+            if next(num_published) == num_read:
+                raise BrokenOff
+            publish(seq, start, end)
+
+        self.block_manager.publish = publish_some  # type: ignore[method-assign]
+        with suppress(BrokenOff):
+            self.read_in_flight()
         self.just_admitted = set()
-        self.scheduler.start_over([r.seq for r in self.requests.values() if r.is_under_way])
+        ended = self.scheduler.start_over([r.seq for r in self.requests.values() if r.is_under_way])
+        for seq in ended:
+            self.check_result(seq)
         self.counts["steps broken off"] += 1
+        self.counts["ended in a step broken off"] += len(ended)
 
     def finish(self, overlapped: bool) -> None:
         """Everything comes to its end, in a bounded number of steps."""
@@ -242,12 +260,15 @@ class Simulation:
         self.counts["late tokens dropped"] += sum(item.seq.is_finished for item in sampling)
         token_ids = [self.requests[item.seq.seq_id].truth[item.end] for item in sampling]
         for seq in self.scheduler.postprocess(batch, token_ids):
-            request = self.requests[seq.seq_id]
-            assert not request.is_aborted
-            assert seq.is_finished
-            assert seq.completion_token_ids == request.completion
-            assert seq.finish_reason == request.finish_reason
-            self.counts["requests finished"] += 1
+            self.check_result(seq)
+
+    def check_result(self, seq: Sequence) -> None:
+        request = self.requests[seq.seq_id]
+        assert not request.is_aborted
+        assert seq.is_finished
+        assert seq.completion_token_ids == request.completion
+        assert seq.finish_reason == request.finish_reason
+        self.counts["requests finished"] += 1
 
     # Invariants
 
@@ -395,9 +416,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: self.simulation.has_work)
-    @rule(num_written=st.integers(0, 3))
-    def break_off(self, num_written: int) -> None:
-        self.simulation.break_off(num_written)
+    @rule(num_written=st.integers(0, 3), num_read=st.integers(0, 3))
+    def break_off(self, num_written: int, num_read: int) -> None:
+        self.simulation.break_off(num_written, num_read)
 
     @precondition(lambda self: self.simulation.has_work)
     @rule(overlapped=st.booleans())
