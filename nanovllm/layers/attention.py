@@ -104,9 +104,10 @@ def torch_prefill(inputs: AttentionInputs) -> Tensor:
             assert inputs.key is not None
             keys, values = inputs.key[rows], inputs.value[rows]
         else:
-            slots = context.key_slots[index]
-            keys = inputs.k_cache.flatten(0, 1)[slots]
-            values = inputs.v_cache.flatten(0, 1)[slots]
+            keys, values = (
+                _gather(cache.flatten(0, 1), context.key_runs[index])
+                for cache in (inputs.k_cache, inputs.v_cache)
+            )
         out[rows] = _attend_causal(inputs.query[rows], keys, values, inputs.scale)
     return out
 
@@ -137,18 +138,17 @@ def torch_decode(inputs: AttentionInputs) -> Tensor:
     num_seqs, num_heads, head_dim = inputs.query.shape
     num_kv_heads = inputs.k_cache.size(2)
     queries = inputs.query.reshape(num_seqs, 1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    # [1, num_kv_heads, num_slots, head_dim]: a sequence's keys are then one indexing away.
-    k_cache, v_cache = (
-        cache.flatten(0, 1).transpose(0, 1).unsqueeze(0)
-        for cache in (inputs.k_cache, inputs.v_cache)
-    )
-    parts = [
-        F.scaled_dot_product_attention(
-            query, k_cache[:, :, slots], v_cache[:, :, slots], scale=inputs.scale
-        )
-        for query, slots in zip(queries.unbind(), inputs.context.key_slots, strict=True)
-    ]
+    caches = inputs.k_cache.flatten(0, 1), inputs.v_cache.flatten(0, 1)
+    parts = []
+    for query, runs in zip(queries.unbind(), inputs.context.key_runs, strict=True):
+        k, v = (_gather(cache, runs).transpose(0, 1).unsqueeze(0) for cache in caches)
+        parts.append(F.scaled_dot_product_attention(query, k, v, scale=inputs.scale))
     return torch.cat(parts).view_as(inputs.query)
+
+
+def _gather(cache: Tensor, runs: list[slice]) -> Tensor:
+    """Rows [num_keys, num_kv_heads, head_dim] of a flattened cache; a view if they are one run."""
+    return cache[runs[0]] if len(runs) == 1 else torch.cat([cache[run] for run in runs])
 
 
 def flash_prefill(inputs: AttentionInputs) -> Tensor:

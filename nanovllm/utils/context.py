@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 
@@ -52,20 +51,21 @@ class Context:
         return max(self.key_lens)
 
     @cached_property
-    def key_slots(self) -> list[slice | Tensor]:
-        """Where each sequence's keys lie in the flattened cache; a slice where they are in a row.
+    def key_runs(self) -> list[list[slice]]:
+        """Where each sequence's keys lie in the flattened cache: its runs of adjacent slots.
 
-        Needs block_tables. For attention that gathers: a slice makes that a view.
+        Needs block_tables. For attention that reads the cache through views.
         """
         assert self.block_tables is not None
-        offsets = torch.arange(self.block_size, device=self.block_tables.device)
-        slots: list[slice | Tensor] = []
+        all_runs = []
         for row, length in zip(self.block_tables.tolist(), self.key_lens, strict=True):
-            blocks = row[: -(-length // self.block_size)]
-            if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
-                first = blocks[0] * self.block_size
-                slots.append(slice(first, first + length))
-            else:
-                starts = torch.tensor(blocks, device=offsets.device) * self.block_size
-                slots.append((starts[:, None] + offsets).flatten()[:length])
-        return slots
+            runs: list[slice] = []
+            for index, start in enumerate(range(0, length, self.block_size)):
+                first = row[index] * self.block_size
+                end = first + min(self.block_size, length - start)
+                if runs and runs[-1].stop == first:
+                    runs[-1] = slice(runs[-1].start, end)
+                else:
+                    runs.append(slice(first, end))
+            all_runs.append(runs)
+        return all_runs
