@@ -6,13 +6,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import importlib.util
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,6 +35,7 @@ transformers.utils.logging.disable_progress_bar()
 
 # Two logits closer than this share of the logits' scale may swap places by rounding alone.
 NEAR_TIE = 1e-5
+TINY = Path(__file__).parents[1] / "assets" / "tiny-qwen3"  # the trained checkpoint
 STOP_WORD = "<|im_end|>"
 
 
@@ -83,6 +87,17 @@ def pytest_terminal_summary(
 @pytest.fixture
 def tally(pytestconfig: pytest.Config) -> Tally:
     return pytestconfig.stash[TALLY_KEY]
+
+
+def load_tasks() -> ModuleType:
+    """The task generator beside the trained checkpoint, whose folder is no package."""
+    spec = importlib.util.spec_from_file_location("tiny_tasks", TINY / "tasks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_tasks"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 # --- checkpoints -----------------------------------------------------------------------------

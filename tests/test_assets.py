@@ -1,6 +1,5 @@
 """The shipped checkpoint answers what its README says, through the engine, on a CPU."""
 
-import importlib.util
 import runpy
 import sys
 from collections.abc import Iterator
@@ -9,25 +8,18 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import TINY, load_tasks
 
 from nanovllm import LLM, SamplingParams
 
 ROOT = Path(__file__).parents[1]
-TINY = ROOT / "assets" / "tiny-qwen3"
 NUM_SEEDS = 20
 NUM_INSTANCES = 12  # of each family here; the README's figures are on 100
 
 
 @pytest.fixture(scope="module")
 def tasks() -> ModuleType:
-    """The task generator beside the checkpoint, whose folder is no package."""
-    spec = importlib.util.spec_from_file_location("tiny_tasks", TINY / "tasks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_tasks"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_tasks()
 
 
 @pytest.fixture(scope="module")

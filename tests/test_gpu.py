@@ -3,17 +3,23 @@
 import gc
 import importlib.util
 import random
-import sys
 from collections.abc import Iterator
 from itertools import accumulate
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import NEAR_TIE, CheckpointFactory, ModelSpec, Tally, completions, random_prompts
+from conftest import (
+    NEAR_TIE,
+    TINY,
+    CheckpointFactory,
+    ModelSpec,
+    Tally,
+    completions,
+    load_tasks,
+    random_prompts,
+)
 from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
@@ -24,7 +30,6 @@ from nanovllm.utils.context import Context
 
 pytestmark = pytest.mark.gpu
 
-TINY = Path(__file__).parents[1] / "assets" / "tiny-qwen3"
 MIB = 1 << 20
 has_flash_attn = importlib.util.find_spec("flash_attn") is not None
 BACKENDS = [
@@ -45,17 +50,6 @@ def engine(**options: Any) -> LLM:
     """The tiny checkpoint; few sizes of graphs, so that it starts quickly."""
     defaults = {"max_num_seqs": 64, "max_model_len": 1024, "gpu_memory_utilization": 0.3}
     return LLM(str(TINY), **(defaults | options))
-
-
-def load_tasks() -> ModuleType:
-    """The task generator beside the checkpoint, whose folder is no package."""
-    spec = importlib.util.spec_from_file_location("tiny_tasks", TINY / "tasks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_tasks"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -186,7 +186,8 @@ class Scheduler:
         self.running = []
         self.waiting = deque(seq for seq in seqs if seq.finish_reason is None)
         for seq in seqs:
-            seq.status = SequenceStatus.FINISHED if seq in ended else SequenceStatus.WAITING
+            is_ended = seq.finish_reason is not None
+            seq.status = SequenceStatus.FINISHED if is_ended else SequenceStatus.WAITING
             seq.num_unread_tokens = seq.num_computed_tokens = 0
             seq.block_table = []
         return ended
