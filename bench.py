@@ -286,7 +286,8 @@ def run_once(llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.R
 def main() -> None:
     args = parse_args()
     device = torch.device(args.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    usual = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, usual if args.dtype == "auto" else args.dtype)
     machine = Machine.measure(device, dtype)
     started = perf_counter()
     llm = LLM(

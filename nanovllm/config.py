@@ -49,6 +49,8 @@ class ModelConfig:
                 or impossible size.
         """
         architectures = raw.get("architectures") or [None]
+        if not isinstance(architectures, list):
+            raise ValueError(f"config.json: architectures must be a list, got {architectures!r}")
         if architectures[0] not in SUPPORTED_ARCHITECTURES:
             raise ValueError(
                 f"architecture {architectures[0]!r} is not supported, only "
@@ -114,6 +116,11 @@ def _refuse_unimplemented(raw: Mapping[str, Any]) -> None:
     """Raise ValueError for a feature that would change the results if it were ignored."""
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"activation {raw['hidden_act']!r} is not implemented, only 'silu'")
+    if raw.get("partial_rotary_factor", 1) != 1:
+        raise ValueError("a partial_rotary_factor is not implemented")
+    for key in ("rope_scaling", "rope_parameters", "quantization_config"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise ValueError(f"config.json: {key} must be an object, got {raw[key]!r}")
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -129,8 +136,15 @@ def _refuse_unimplemented(raw: Mapping[str, Any]) -> None:
 
 
 def as_token_ids(value: int | list[int] | None) -> frozenset[int]:
-    """The ids of an `eos_token_id` entry, which may be absent, one id or a list."""
-    return frozenset(() if value is None else [value] if isinstance(value, int) else value)
+    """The ids of an `eos_token_id` entry, which may be absent, one id or a list.
+
+    Raises:
+        TypeError, ValueError: an entry of another kind.
+    """
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token_id in ids:
+        require_int("eos_token_id", token_id, low=0)
+    return frozenset(ids)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -214,6 +228,7 @@ class Config:
 
         self.model_dir = resolve_model_dir(self.model, with_weights=self.load_format != "dummy")
         self.model_config = ModelConfig.from_dict(read_json(self.model_dir / "config.json"))
+        require_int("eos", self.eos, low=-1, high=self.model_config.vocab_size - 1)
         limit = self.model_config.max_position_embeddings
         if self.max_model_len > limit:
             logger.warning("max_model_len %d cut to the model's %d", self.max_model_len, limit)
@@ -282,4 +297,6 @@ def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def _is_device(name: str) -> bool:
     kind, colon, index = name.partition(":")
-    return name in ("auto", "cpu", "cuda") or (kind == "cuda" and bool(colon) and index.isdigit())
+    return name in ("auto", "cpu", "cuda") or (
+        kind == "cuda" and bool(colon) and index.isascii() and index.isdigit()
+    )

@@ -1,6 +1,7 @@
 """SamplingParams: the per-request options."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 
@@ -27,7 +28,7 @@ def require_float(name: str, value: object, low: float, high: float = math.inf) 
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and low <= value <= high):
+    if not (-sys.float_info.max <= value <= sys.float_info.max and low <= value <= high):
         allowed = f">= {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be finite and {allowed}, got {value}")
 

@@ -168,9 +168,12 @@ def finish(
         try:
             if llm.is_finished():
                 break
-            results |= llm.step()[0]
+            for seq_id, completion in llm.step()[0]:
+                assert seq_id not in results, "reported twice"
+                results[seq_id] = completion
         except passed_over:
             pass
+    assert llm._in_flight is None
     assert set(seq_ids) <= results.keys() <= {*seq_ids, *may_be_left}
     return [results[seq_id] for seq_id in seq_ids]
 
@@ -209,6 +212,30 @@ def test_the_requests_preempt_one_another_and_share_prefixes(llm: LLM, others: b
     finish(llm, seq_ids)
     assert llm.scheduler.num_preemptions > 0
     assert any(seq.num_cached_tokens for seq in seqs) == others
+
+
+@pytest.mark.parametrize("llm", [True], ids=["overlapped"], indirect=True)
+def test_the_overlapped_engine_launches_a_step_before_it_reads_the_last(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a fault can hit it with one or two steps under way."""
+    calls: list[str] = []
+
+    def note(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def noted(*args: Any) -> Any:
+            calls.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(ModelRunner, "launch")
+    note(Launched, "token_ids")
+    seq_ids = add_all(llm, OWN[:1], [greedy(3)])
+    assert llm.step() == ([], 0)
+    finish(llm, seq_ids)
+    assert calls == ["launch", "launch", "token_ids", "launch", "token_ids", "token_ids"]
 
 
 # --- faults at calls -------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from conftest import (
 )
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 VOCAB_SIZE = ModelSpec.vocab_size
@@ -653,3 +654,28 @@ def test_without_progress_bar_nothing_is_printed(
 ) -> None:
     llm.generate([[5, 6], [7]], greedy(8), use_tqdm=False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_list_of_arrays_is_a_list_of_prompts(tiny_model: Path) -> None:
+    prompts = [np.array([5, 6]), np.array([7])]
+    with LLM(str(tiny_model), device="cpu", max_model_len=64) as llm:
+        arrays = llm.generate(prompts, greedy(3), use_tqdm=False)
+        lists = llm.generate([[5, 6], [7]], greedy(3), use_tqdm=False)
+        assert arrays == lists
+        assert len(llm.generate(np.array([5, 6]), greedy(3), use_tqdm=False)) == 1
+        with pytest.raises(TypeError, match="token ids must be ints"):
+            llm.generate([[np.array([5])]], greedy(3), use_tqdm=False)
+
+
+def test_no_step_is_left_under_way_when_the_last_request_stops(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Overlapped, a stop id is seen when the next step is launched already."""
+    monkeypatch.setattr(ModelRunner, "runs_ahead", True)
+    with LLM(str(tiny_model), device="cpu", max_model_len=64) as llm:
+        (output,) = llm.generate([5, 6], greedy(8), use_tqdm=False)
+        stop = output["token_ids"][3]
+    with LLM(str(tiny_model), device="cpu", max_model_len=64, eos=stop) as llm:
+        (output,) = llm.generate([5, 6], greedy(8, ignore_eos=False), use_tqdm=False)
+        assert output["finish_reason"] == "stop"
+        assert llm.is_finished()

@@ -61,6 +61,7 @@ class LLMEngine:
         self._requests.clear()
         self._finished.clear()
         self._in_flight = None
+        self._is_consistent = True
         if self.model_runner is not None:
             self.model_runner.free()
             self.model_runner = None
@@ -90,8 +91,9 @@ class LLMEngine:
 
         Returns:
             (seq_id, completion token ids) of each request that has finished, and the number of
-            tokens computed: positive for a prefill, negative for a decode, 0 if there was nothing
-            to do.
+            tokens of the step that was read: positive for a prefill, negative for a decode. 0 if
+            none was: there was nothing to do, or, where steps overlap, the first is only under way.
+            Loop on `is_finished`, not on this.
         """
         num_tokens = self._step()
         outputs = [(seq.seq_id, seq.completion_token_ids) for seq in self._finished]
@@ -118,6 +120,7 @@ class LLMEngine:
         Raises:
             TypeError, ValueError: a bad prompt, or lists of different lengths; nothing is queued.
         """
+        self._runner()
         prompts = _as_prompt_list(prompts)
         params = _as_params_list(sampling_params, len(prompts))
         seqs = [self._make_sequence(*pair) for pair in zip(prompts, params, strict=True)]
@@ -161,6 +164,7 @@ class LLMEngine:
             self._finished.extend(finished)
             for seq in finished:
                 del self._requests[seq.seq_id]
+            self._drop_idle_step()
         return step.batch.num_tokens if step.batch.is_prefill else -step.batch.num_tokens
 
     def _launch(self, runner: ModelRunner) -> Launched | None:
@@ -186,6 +190,12 @@ class LLMEngine:
                 self.scheduler.abort(seq)
             if not was_consistent:
                 self._recover()
+            self._drop_idle_step()
+
+    def _drop_idle_step(self) -> None:
+        """Forget a step in flight if all that it computes is for requests that have ended."""
+        if not self._requests:
+            self._in_flight = None
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -282,10 +292,15 @@ def _as_ids(prompt: ListLike[int]) -> list[int]:
         raise TypeError(f"a prompt must be a str or a list of token ids, got {prompt!r:.80}")
     ids = []
     for token in prompt:
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
+        if isinstance(token, bool) or not _is_int_like(token):
             raise TypeError(f"token ids must be ints, got {token!r:.80}")
         ids.append(index(token))
     return ids
+
+
+def _is_int_like(value: object) -> bool:
+    """Whether a value is an int, or one of numpy's; arrays and tensors may be prompts."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
 
 
 def _as_prompt_list(prompts: Prompt | ListLike[Prompt]) -> list[Prompt]:
@@ -295,7 +310,7 @@ def _as_prompt_list(prompts: Prompt | ListLike[Prompt]) -> list[Prompt]:
     if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, dict)):
         raise TypeError(f"prompts must be texts or lists of token ids, got {prompts!r:.80}")
     entries: list[Any] = list(prompts)
-    is_one_prompt = bool(entries) and all(hasattr(entry, "__index__") for entry in entries)
+    is_one_prompt = bool(entries) and all(_is_int_like(entry) for entry in entries)
     return [entries] if is_one_prompt else entries
 
 

@@ -100,16 +100,10 @@ class ModelRunner:
         """True if `launch` returns before the step is done, so that the next can be prepared."""
         return self.graphs is not None
 
-    def run(self, batch: Batch) -> list[int]:
-        """Compute a step: store the K/V of its tokens, and sample.
-
-        Returns:
-            The sampled id of each item that samples, in order.
-        """
-        return self.launch(batch).token_ids()
-
     def launch(self, batch: Batch) -> Launched:
-        """Start a step. Its tokens may be ones that the step launched before it samples.
+        """Start a step: store the K/V of its tokens, and sample.
+
+        Its tokens may be ones that the step launched before it samples.
 
         Of two steps under way, the older one must be read before a third is launched.
         """
@@ -125,8 +119,8 @@ class ModelRunner:
             return self._read_later(batch, len(sampling))
 
     def new_seed(self) -> int:
-        """A seed for a request that has none; torch.manual_seed makes them repeatable."""
-        return int(torch.randint(1 << 62, ()).item())
+        """A seed for a request; torch.manual_seed makes them repeatable."""
+        return int(torch.randint(1 << 62, (), device="cpu").item())
 
     def synchronize(self) -> None:
         """Wait until every step that was launched is done."""
@@ -164,7 +158,9 @@ class ModelRunner:
         size, model = self.config.max_num_seqs, self.config.model_config
         on_cuda = self.device.type == "cuda"
         self.sampled = torch.zeros(size, dtype=torch.int64, device=self.device)
-        self.host_ids = [torch.zeros(size, dtype=torch.int64, pin_memory=on_cuda) for _ in range(2)]
+        self.host_ids = [
+            torch.zeros(size, dtype=torch.int64, device="cpu", pin_memory=on_cuda) for _ in range(2)
+        ]
         self.embed, self.sample, self.decode_workspace = resolve_and_embed, sample, None
         if kernels.usable(self.device):
             from nanovllm.kernels.attention import decode_workspace
@@ -234,7 +230,8 @@ class ModelRunner:
         """A prefill of zeros that stores nothing; from_cache: it attends to the first block."""
         context = self._prefill_context(lengths, lengths, [-1] * sum(lengths))
         if from_cache:
-            context.block_tables = self._to_device([[0]] * len(lengths), torch.int32)
+            width = -(-max(lengths) // self.block_size)
+            context.block_tables = self._to_device([[0] * width] * len(lengths), torch.int32)
         zeros = self._to_device([0] * sum(lengths), torch.int64)
         context.logit_rows = zeros[: len(lengths)]
         logits = self.model(zeros, zeros, context)
@@ -400,7 +397,7 @@ class ModelRunner:
     def _to_device(self, values: list[Any], dtype: torch.dtype) -> Tensor:
         """A tensor of host numbers on the model's device; from pinned memory no copy waits."""
         pinned = self.device.type == "cuda"
-        return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(
+        return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned).to(
             self.device, non_blocking=True
         )
 

@@ -1,4 +1,4 @@
-"""Triton kernels. Each has a PyTorch twin of the same signature in nanovllm/layers.
+"""Triton kernels. Each names its PyTorch twin, or twins, in nanovllm/layers.
 
 Import nothing from here at the top of another module: triton is missing on many machines. Layers
 ask `usable` once, when a model is built, and import a kernel only then.

@@ -166,7 +166,7 @@ def qk_norm_rope_store(
     slot_mapping: Tensor,
     num_heads: int,
     num_kv_heads: int,
-    write_key: bool = False,
+    write_key: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """QK-norm, rotary embedding and the store of K and V, from the merged projection.
 

@@ -1,4 +1,8 @@
-"""Store a step's K and V in the paged cache. Twin: nanovllm.layers.attention.store_kvcache."""
+"""Store a step's K and V in the paged cache. Twin: nanovllm.layers.attention.store_kvcache.
+
+The plain form of the store. The model's steps have it fused with what comes before it: see
+qk_norm_rope_store in nanovllm.kernels.fused.
+"""
 
 import torch
 import triton

@@ -94,6 +94,11 @@ def load_weights(model: nn.Module, model_dir: Path) -> None:
             continue
         if name not in targets:
             raise ValueError(f"{model_dir}: the model has no parameter for tensor {name!r}")
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{model_dir}: tensor {name!r} is {tensor.dtype}; quantised checkpoints are not "
+                "implemented"
+            )
         if tensor.shape != targets[name].shape:
             raise ValueError(
                 f"{model_dir}: tensor {name!r} has shape {list(tensor.shape)}, the configuration "
@@ -129,7 +134,10 @@ def _weight_files(model_dir: Path) -> list[Path]:
     """The checkpoint's safetensors: one file, or the shards that its index names."""
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
         paths = [model_dir / name for name in names]
         if missing := [path.name for path in paths if not path.is_file()]:
             raise ValueError(f"{model_dir}: {index.name} names missing files: {_some(missing)}")

@@ -33,9 +33,10 @@ class Timer:
         """Count the time of a with block under `name`; regions may nest."""
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            stream = torch.cuda.current_stream(self.device)
+            begin.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((name, begin, end))
         else:
             begin_s = time.perf_counter()
