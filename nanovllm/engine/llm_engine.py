@@ -1,6 +1,5 @@
 """LLMEngine: the request queue and the loop schedule -> run -> postprocess -> decode."""
 
-import logging
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as ListLike
 from contextlib import contextmanager
@@ -16,8 +15,6 @@ from nanovllm.engine.model_runner import Launched, ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
-
-logger = logging.getLogger("nanovllm")
 
 Prompt = str | ListLike[int]
 

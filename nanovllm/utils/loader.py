@@ -1,6 +1,5 @@
 """Find a checkpoint and fill a model's parameters from it."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +8,6 @@ from torch import Tensor, nn
 
 from nanovllm.config import read_json
 from nanovllm.layers.linear import MergedLinear
-
-logger = logging.getLogger("nanovllm")
 
 CONFIG_FILES = (
     "config.json",
