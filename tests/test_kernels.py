@@ -263,6 +263,17 @@ def test_add_rms_norm(size: int, dtype: torch.dtype) -> None:
 
 @runs_kernels
 @dtypes
+def test_arguments_of_another_kind_launch_another_kernel(dtype: torch.dtype) -> None:
+    """The same launch with other alignments and sizes: what was compiled for one fits no other."""
+    from nanovllm.kernels import fused
+
+    for size, skipped in ((64, 0), (64, 1), (64, 0), (40, 0), (40, 3), (64, 5)):
+        x = randn(3 * 2 * size + skipped, dtype=dtype)[skipped:].view(3, 2 * size)
+        assert close(fused.silu_and_mul(x), silu_and_mul(x.double()))
+
+
+@runs_kernels
+@dtypes
 def test_silu_and_mul(dtype: torch.dtype) -> None:
     from nanovllm.kernels import fused
 

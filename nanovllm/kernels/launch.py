@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from triton.compiler import CompiledKernel
 
 from nanovllm.kernels.device import has_pdl
 
-_asked_for: list[Any] | None = None  # within compiling_ahead: what would have been launched
+# Triton finds out with every launch which compiled kernel its arguments ask for. Most of the time
+# of a launch goes there, so what was found is kept, by all that it can depend on.
+_compiled: dict[tuple[Any, ...], tuple[CompiledKernel, list[Any]]] = {}
+# Within compiling_ahead, in its thread: what would have been launched.
+_asked_for: ContextVar[list[Any] | None] = ContextVar("asked_for", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **options: Any) -> None:
@@ -25,10 +30,25 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **options
         return
     options["PDL"] = options["launch_pdl"] = has_pdl(on.device)
     with torch.cuda.device_of(on):
-        if _asked_for is None:
-            kernel[grid](*args, **options)
-        else:
-            _asked_for.append(kernel.warmup(*args, grid=grid, **options))
+        if (asked_for := _asked_for.get()) is not None:
+            asked_for.append(kernel.warmup(*args, grid=grid, **options))
+            return
+        key = (id(kernel), on.device.index, *map(_kind, args), *options.values())
+        if key in _compiled:
+            compiled, constants = _compiled[key]
+            compiled[grid](*args, *constants)
+            return
+        compiled = kernel[grid](*args, **options)
+        if isinstance(compiled, CompiledKernel):  # not interpreted
+            constants = [options[name] for name in kernel.arg_names[len(args) :]]
+            _compiled[key] = compiled, constants
+
+
+def _kind(argument: Any) -> Any:
+    """What a compiled kernel can depend on: a tensor's type and alignment, a number itself."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument
 
 
 @contextmanager
@@ -38,7 +58,6 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
     What is computed within is garbage. The kernels are compiled in many threads: one by one, they
     would take most of the time of a first start.
     """
-    global _asked_for
 
     def load(kernel: CompiledKernel | triton.FutureKernel) -> None:
         if isinstance(kernel, triton.FutureKernel):
@@ -47,10 +66,11 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
             _ = kernel.run  # builds the launcher and loads the binary
 
     with ThreadPoolExecutor() as pool:
-        _asked_for = []
+        asked_for: list[Any] = []
+        token = _asked_for.set(asked_for)
         try:
             with triton.AsyncCompileMode(pool):
                 yield
-            list(pool.map(load, {id(kernel): kernel for kernel in _asked_for}.values()))
+            list(pool.map(load, {id(kernel): kernel for kernel in asked_for}.values()))
         finally:
-            _asked_for = None
+            _asked_for.reset(token)

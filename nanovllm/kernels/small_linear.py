@@ -19,17 +19,19 @@ TILE_OUTPUTS, TILE_INPUTS = 32, 128
 @triton.jit(do_not_specialize=["num_tokens"])
 def _small_linear_kernel(
     x, weight, bias, out, partial, counters, num_tokens, N: tl.constexpr, K: tl.constexpr,
-    PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program for PART inputs of BLOCK_N outputs of BLOCK_M tokens. GATED: as above.
+    """One program for one of PARTS parts of the inputs, BLOCK_N outputs and BLOCK_M tokens.
 
-    Where the inputs are divided, the last of a tile's programs adds up what all have written.
+    Of several parts' programs the last adds up what all have written. GATED: output n is
+    silu(row n) * row (N + n) of a weight [2 N, K].
     """
+    PART: tl.constexpr = (K + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K) * BLOCK_K
+    EVEN: tl.constexpr = K % (PARTS * BLOCK_K) == 0  # known bounds, no masks: faster loops
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.arange(0, BLOCK_M)
     start = tl.program_id(1) * PART
-    end = tl.minimum(start + PART, K)
     w_mask = (columns < N)[:, None]
     x_mask = (tokens < num_tokens)[:, None]
     w_rows = weight + columns.to(tl.int64)[:, None] * K
@@ -39,28 +41,28 @@ def _small_linear_kernel(
         gdc_launch_dependents()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in tl.range(start, end, BLOCK_K, num_stages=STAGES):
-        k = (first + tl.arange(0, BLOCK_K))[None, :]
-        if K % BLOCK_K == 0:
+    for first in tl.range(0, PART, BLOCK_K, num_stages=STAGES):
+        k = (start + first + tl.arange(0, BLOCK_K))[None, :]
+        if EVEN:
             v = tl.load(x_rows + k, mask=x_mask, other=0.0)
         else:
             v = tl.load(x_rows + k, mask=x_mask & (k < K), other=0.0)
-        w = _load_weight(w_rows + k, w_mask, k, N, K, BLOCK_N, BLOCK_K)
+        w = _load_weight(w_rows + k, w_mask & (k < K), EVEN and N % BLOCK_N == 0)
         acc = tl.dot(v, w.T, acc, input_precision=PRECISION)
         if GATED:
-            w = _load_weight(w_rows + N * K + k, w_mask, k, N, K, BLOCK_N, BLOCK_K)
+            w = _load_weight(w_rows + N * K + k, w_mask & (k < K), EVEN and N % BLOCK_N == 0)
             up = tl.dot(v, w.T, up, input_precision=PRECISION)
     places = tokens[:, None] * N + columns[None, :]
     mask = x_mask & (columns < N)[None, :]
-    if PART < K:
+    if PARTS > 1:
         size = num_tokens * N
         tl.store(partial + tl.program_id(1) * size + places, acc, mask=mask)
         tl.debug_barrier()  # all threads have written before one of them counts
         counter = counters + tl.program_id(0)
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
             tl.store(counter, 0)  # for the next launch
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for part in tl.range(0, tl.num_programs(1)):
+            for part in tl.static_range(PARTS):
                 # .cg: from L2, where the other programs' writes are.
                 pointers = partial + part * size + places
                 acc += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
@@ -70,15 +72,12 @@ def _small_linear_kernel(
 
 
 @triton.jit
-def _load_weight(
-    pointers, row_mask, k, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """A tile of the weight; masked only where tiles do not divide it."""
-    if K % BLOCK_K == 0 and N % BLOCK_N == 0:
+def _load_weight(pointers, mask, EVEN: tl.constexpr) -> tl.tensor:
+    """A tile of the weight, EVEN where tiles divide it."""
+    if EVEN:
         return tl.load(pointers)
     else:
-        return tl.load(pointers, mask=row_mask & (k < K), other=0.0)
+        return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -153,19 +152,19 @@ def small_linear(
         num_tokens, input_size, output_size, gated, shared_memory(x.device) * 2 // x.element_size()
     )
     num_tiles = triton.cdiv(output_size, TILE_OUTPUTS)
-    part = triton.cdiv(triton.cdiv(input_size, plan.num_parts), TILE_INPUTS) * TILE_INPUTS
-    num_parts = triton.cdiv(input_size, part)
     partial = None
-    if num_parts > 1:
-        partial = x.new_empty(num_parts, num_tokens, output_size, dtype=torch.float32)
+    if plan.num_parts == 1:
+        counters = None
+    else:
+        partial = x.new_empty(plan.num_parts, num_tokens, output_size, dtype=torch.float32)
         if counters is None:
             counters = x.new_zeros(num_tiles, dtype=torch.int32)
     out = x.new_empty(num_tokens, output_size)
     launch(
-        _small_linear_kernel, (num_tiles, num_parts), x,
-        x, weight, bias, out, partial, counters if num_parts > 1 else None, num_tokens,
-        N=output_size, K=input_size, PART=part, BLOCK_M=plan.tokens, BLOCK_N=TILE_OUTPUTS,
-        BLOCK_K=TILE_INPUTS, STAGES=plan.num_stages, GATED=gated,
+        _small_linear_kernel, (num_tiles, plan.num_parts), x,
+        x, weight, bias, out, partial, counters, num_tokens, N=output_size, K=input_size,
+        PARTS=plan.num_parts, BLOCK_M=plan.tokens, BLOCK_N=TILE_OUTPUTS, BLOCK_K=TILE_INPUTS,
+        STAGES=plan.num_stages, GATED=gated,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     return out
