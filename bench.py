@@ -5,6 +5,7 @@ and a small workload with the tiny checkpoint on a CPU.
 """
 
 import argparse
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -223,21 +224,34 @@ def watch(llm: LLM) -> tuple[Timer, Timer]:
 
 
 def print_kernels(run: Callable[[], None]) -> None:
-    """Call `run`, and print which GPU kernels took its time and how long the GPU was busy."""
+    """Call `run`, and print how long the GPU was busy and which kernels took its time."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    started = perf_counter()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-        wall_s = perf_counter() - started
-    kernels = [event for event in profiler.key_averages() if event.self_device_time_total]
-    kernels.sort(key=lambda event: -event.self_device_time_total)
-    busy_s = sum(event.self_device_time_total for event in kernels) / 1e6
-    print(f"GPU busy {busy_s:.3f}s of {wall_s:.3f}s, under the profiler:")
-    for event in kernels[:12]:
-        total_s = event.self_device_time_total / 1e6
-        print(f"  {event.key[:48]:<48} {total_s:9.3f}s {event.count:9d} launches")
+    spans: list[tuple[float, float]] = []
+    by_name: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA:
+            spans.append((event.time_range.start, event.time_range.end))
+            by_name.setdefault(event.name, []).append(spans[-1][1] - spans[-1][0])
+    busy, total = busy_time(spans)
+    print(
+        f"GPU busy {busy / 1e6:.3f}s of {total / 1e6:.3f}s, idle {1 - busy / total:.1%} (profiled)"
+    )
+    for name, times in sorted(by_name.items(), key=lambda entry: -sum(entry[1]))[:12]:
+        print(f"  {name[:48]:<48} {sum(times) / 1e6:9.3f}s {len(times):9d} launches")
+
+
+def busy_time(spans: list[tuple[float, float]]) -> tuple[float, float]:
+    """How long any of the (start, end) was under way, and the time from the first to the last."""
+    busy, last = 0.0, -math.inf
+    for start, end in sorted(spans):
+        busy += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return busy, last - min(spans)[0]
 
 
 def print_profile(title: str, timer: Timer) -> None:

@@ -80,6 +80,12 @@ def test_prefill_floor_is_arithmetic(tiny_model: Path) -> None:
     attention = 4 * (10 * 11 / 2) * q_size * spec.num_layers
     linear = 2 * 10 * per_layer * spec.num_layers
     assert floor.prefill_s == linear + attention + 2 * spec.vocab_size * spec.hidden_size
+    assert floor.linear_s == linear
+
+
+def test_busy_time_counts_what_overlaps_once() -> None:
+    spans = [(5.0, 6.0), (1.0, 3.0), (2.0, 2.5), (2.9, 4.0), (6.0, 7.0)]
+    assert bench.busy_time(spans) == (pytest.approx(5.0), 6.0)
 
 
 def test_bench_runs_as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import random
 from collections.abc import Iterator
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,12 +71,12 @@ def prompts() -> list[list[int]]:
 
 
 class GpuReference:
-    """The tiny checkpoint in transformers on the GPU, in float32 and in a half precision."""
+    """A checkpoint in transformers on the GPU, in float32 and in a half precision."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, model: Path = TINY) -> None:
         load = transformers.AutoModelForCausalLM.from_pretrained
-        self.exact = load(TINY, dtype=torch.float32).cuda().eval()
-        self.rounded = load(TINY, dtype=dtype).cuda().eval()
+        self.exact = load(model, dtype=torch.float32).cuda().eval()
+        self.rounded = load(model, dtype=dtype).cuda().eval()
 
     @torch.inference_mode()
     def logits(self, prompt: list[int], completion: list[int]) -> tuple[Tensor, Tensor]:
@@ -181,6 +182,53 @@ def test_a_stop_id_seen_late_ends_the_request_there(prompts: list[list[int]]) ->
         assert overlapped.generate(prompts, params, use_tqdm=False) == expected
         blocks = overlapped.scheduler.block_manager
         assert blocks.num_free_blocks == blocks.num_blocks
+
+
+def test_nothing_is_compiled_after_start_up() -> None:
+    """Whatever lengths and numbers of sequences come: the first run is as fast as the second."""
+    from triton import knobs
+
+    compiled: list[str] = []
+
+    def listen(*, src: Any, **_: Any) -> None:
+        compiled.append(src.name)
+
+    with engine(max_model_len=4096, max_num_seqs=100, dtype="bfloat16") as llm:
+        knobs.compilation.listener = listen
+        try:
+            for lengths in ([1], [1, 2, 3], [700, 1, 64], [3000], [65] * 5, [17] * 100, [1100] * 9):
+                prompts = random_prompts(lengths, vocab_size=500)
+                completions(llm, prompts, max_tokens=3)
+                completions(llm, [[*prompt, 1, 2] for prompt in prompts], max_tokens=3)
+        finally:
+            knobs.compilation.listener = None
+    assert compiled == []
+
+
+def test_long_contexts_equal_transformers(checkpoint: CheckpointFactory) -> None:
+    """32,000 tokens, in two chunks: the error of the logits is that of the rounding."""
+    spec = ModelSpec(max_position_embeddings=40_960)
+    model = checkpoint(spec)
+    prompt = random_prompts([32_000], spec.vocab_size)[0]
+    options = {"dtype": "bfloat16", "max_model_len": 33_000, "gpu_memory_utilization": 0.3}
+    logits: list[Tensor] = []
+    with LLM(str(model), enforce_eager=True, **options) as llm:
+        assert llm.model_runner is not None
+        sample = llm.model_runner.sample
+
+        def keep(*args: Any, **kwargs: Any) -> Tensor:
+            if len(args[0]):  # a chunk samples nothing
+                logits.append(args[0].float().clone())
+            return sample(*args, **kwargs)
+
+        llm.model_runner.sample = keep
+        output = completions(llm, [prompt], max_tokens=16)[0]
+    exact, rounded = GpuReference(torch.bfloat16, model).logits(prompt, output)
+    found = torch.cat(logits)
+    assert found.shape == exact.shape
+    assert (found - exact).norm() < 1.5 * (rounded - exact).norm()
+    with LLM(str(model), **options) as llm:
+        assert completions(llm, [prompt], max_tokens=1)[0] == output[:1]
 
 
 def test_float32_on_cuda_is_exact(checkpoint: CheckpointFactory) -> None:
