@@ -40,7 +40,9 @@ class Sequence:
         self.seed = seed
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(token_ids)
-        self.max_num_tokens = min(max_total_tokens, self.num_prompt_tokens + params.max_tokens)
+        self.max_num_tokens = max_total_tokens
+        if params.max_tokens is not None:
+            self.max_num_tokens = min(max_total_tokens, len(token_ids) + params.max_tokens)
         self.num_unread_tokens = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # of the prompt: found in the prefix cache, not computed
