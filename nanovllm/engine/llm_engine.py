@@ -157,7 +157,7 @@ class LLMEngine:
             step = self._launch_ahead(runner) if runner.runs_ahead else self._launch(runner)
             if step is None:
                 return 0
-            finished = self.scheduler.postprocess(step.batch, step.token_ids())
+            finished = self.scheduler.postprocess(step.batch, step.token_ids(), step.logprobs())
             self._finished.extend(finished)
             for seq in finished:
                 del self._requests[seq.seq_id]
@@ -232,7 +232,8 @@ class LLMEngine:
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {vocab_size - 1}")
-        return Sequence(token_ids, params, self.config.max_model_len, seed=runner.new_seed())
+        seed = runner.new_seed() if params.seed is None else params.seed
+        return Sequence(token_ids, params, self.config.max_model_len, seed)
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -48,6 +48,8 @@ class Sequence:
         self.num_cached_tokens = 0  # of the prompt: found in the prefix cache, not computed
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []  # chained hashes of the full blocks, as far as asked for
+        # Of each known completion token, if asked for: its log-probability, then the likeliest's.
+        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.finish_reason: str | None = None  # "stop" | "length"
 
     def __len__(self) -> int:
@@ -79,8 +81,12 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
-    def append_token(self, token_id: int) -> None:
-        """Make the oldest unread token known."""
+    def append_token(self, token_id: int, logprobs: dict[int, float] | None = None) -> None:
+        """Make the oldest unread token known; `logprobs` are given if the request asks for them."""
         assert self.num_unread_tokens > 0, "no token of this sequence is being sampled"
         self.num_unread_tokens -= 1
+        if self.logprobs is not None:
+            assert logprobs is not None, "this sequence wants log-probabilities"
+            # Before the id: if Ctrl-C comes between the two, Scheduler.start_over drops the excess.
+            self.logprobs.append(logprobs)
         self.token_ids.append(token_id)

@@ -76,7 +76,7 @@ def _search(
         first_sum = tl.zeros([BLOCK], tl.float32)
         second_sum = tl.zeros([BLOCK], tl.float32)
         third_sum = tl.zeros([BLOCK], tl.float32)
-        for start in tl.range(0, VOCAB, BLOCK):
+        for start in tl.range(0, VOCAB, BLOCK, num_stages=3):
             x = _load(logits, start, VOCAB, BLOCK)
             amounts = _amounts(x, maximum, scale, BY_MASS)
             first_sum += tl.where(x >= first_value, amounts, 0.0)
@@ -115,7 +115,7 @@ def _row_threshold(
     dtype: tl.constexpr = logits.dtype.element_ty
     minus_infinity = tl.full([], float("-inf"), tl.float32)
     lane_maxima = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in tl.range(0, VOCAB, BLOCK):
+    for start in tl.range(0, VOCAB, BLOCK, num_stages=3):
         x = _load(logits, start, VOCAB, BLOCK)
         lane_maxima = tl.where(x > lane_maxima, x, lane_maxima)  # NaN never wins
     maximum = tl.max(lane_maxima, axis=0)
@@ -138,7 +138,7 @@ def _row_threshold(
             threshold = tl.maximum(threshold, _from_key(key, dtype))
         if top_p < 1:
             sums = tl.zeros([BLOCK], tl.float32)
-            for start in tl.range(0, VOCAB, BLOCK):
+            for start in tl.range(0, VOCAB, BLOCK, num_stages=3):
                 x = _load(logits, start, VOCAB, BLOCK)
                 sums += tl.where(x >= threshold, _amounts(x, maximum, scale, True), 0.0)
             mass = tl.sum(sums, axis=0)
@@ -203,6 +203,6 @@ def kept_threshold(
         with torch.cuda.device_of(logits):
             _threshold_kernel[(num_seqs,)](
                 logits, temperatures, top_ks, top_ps, min_ps, out, logits.stride(0),
-                VOCAB=vocab_size, BLOCK=block, PDL=pdl, launch_pdl=pdl, num_warps=16,
+                VOCAB=vocab_size, BLOCK=block, PDL=pdl, launch_pdl=pdl, num_warps=32,
             )  # fmt: skip
     return out

@@ -68,4 +68,4 @@ def _threshold(
     if top_p < 1:
         mass = weights.double().cumsum(dim=0)
         weights = weights[mass - weights < top_p * mass[-1]]  # mass - weights: of those before
-    return ranked[len(weights) - 1]
+    return ranked[max(len(weights), 1) - 1]  # a top_p next to 0 leaves the likeliest
