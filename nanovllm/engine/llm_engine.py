@@ -256,7 +256,10 @@ class LLMEngine:
         text = ""
         if self.tokenizer is not None:
             text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return {"text": text, "token_ids": token_ids, "finish_reason": seq.finish_reason}
+        result = {"text": text, "token_ids": token_ids, "finish_reason": seq.finish_reason}
+        if seq.logprobs is not None:
+            result["logprobs"] = seq.logprobs
+        return result
 
     def _find_stop_ids(self) -> frozenset[int]:
         """The option `eos`, else the union of what tokenizer and configuration files name."""
