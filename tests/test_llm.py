@@ -75,12 +75,20 @@ def run_to_end(llm: LLM) -> dict[int, list[int]]:
 # --- prompts and results ---------------------------------------------------------------------
 
 
-def test_a_result_has_text_token_ids_and_finish_reason(llm: LLM) -> None:
+def test_a_result_has_the_prompt_the_completion_and_how_it_ended(llm: LLM) -> None:
     [output] = llm.generate(["w5 w6 w7"], greedy(5), use_tqdm=False)
-    assert output.keys() == {"text", "token_ids", "finish_reason"}
+    assert output.keys() == {
+        "text",
+        "token_ids",
+        "finish_reason",
+        "stop_reason",
+        "prompt_token_ids",
+        "num_cached_tokens",
+    }
+    assert (output["prompt_token_ids"], output["num_cached_tokens"]) == ([5, 6, 7], 0)
     assert [type(token) for token in output["token_ids"]] == [int] * 5
     assert output["text"] == " ".join(f"w{token}" for token in output["token_ids"] if token)
-    assert output["finish_reason"] == "length"
+    assert (output["finish_reason"], output["stop_reason"]) == ("length", None)
 
 
 def test_texts_and_token_ids_are_prompts_of_equal_right(llm: LLM) -> None:

@@ -3,6 +3,7 @@
 from enum import Enum, auto
 from itertools import count
 
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -48,9 +49,13 @@ class Sequence:
         self.num_cached_tokens = 0  # of the prompt: found in the prefix cache, not computed
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []  # chained hashes of the full blocks, as far as asked for
-        # Of each known completion token, if asked for: its log-probability, then the likeliest's.
-        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.finish_reason: str | None = None  # "stop" | "length"
+        self.stop_reason: str | int | None = None  # the stop text or id of `params` that ended it
+        self.stop_token_ids = frozenset(params.stop_token_ids or ())
+        self.detokenizer: Detokenizer | None = None  # only where text is needed as tokens come
+        self.is_streamed = False  # its tokens are given out one by one, not by `step`
+        # One entry a completion token, if asked for: its id first, then the likeliest ones.
+        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
 
     def __len__(self) -> int:
         """Number of tokens, known and unread."""
@@ -66,6 +71,11 @@ class Sequence:
     def num_completion_tokens(self) -> int:
         """Number of generated tokens, known and unread."""
         return len(self) - self.num_prompt_tokens
+
+    @property
+    def num_known_completion_tokens(self) -> int:
+        """Number of generated ids that are known."""
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def completion_token_ids(self) -> list[int]:
