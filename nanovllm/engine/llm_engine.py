@@ -285,7 +285,7 @@ class LLMEngine:
             step = self._launch_ahead(runner) if runner.runs_ahead else self._launch(runner)
             if step is None:
                 return 0
-            finished = self.scheduler.postprocess(step.batch, step.token_ids())
+            finished = self.scheduler.postprocess(step.batch, step.token_ids(), step.logprobs())
             self._finished.extend(seq for seq in finished if not seq.is_streamed)
             for seq in finished:
                 del self._requests[seq.seq_id]
@@ -370,7 +370,8 @@ class LLMEngine:
                 f"a prompt must have 1 to {limit} tokens (max_model_len - 1), got {len(token_ids)}"
             )
         self._check_vocabulary("token id", token_ids)
-        seq = Sequence(token_ids, params, self.config.max_model_len, seed=runner.new_seed())
+        seed = runner.new_seed() if params.seed is None else params.seed
+        seq = Sequence(token_ids, params, self.config.max_model_len, seed)
         seq.is_streamed = is_streamed
         if params.stop or (is_streamed and self.tokenizer is not None):
             seq.detokenizer = Detokenizer(

@@ -146,7 +146,12 @@ class Scheduler:
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
-    def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
+    def postprocess(
+        self,
+        batch: Batch,
+        token_ids: list[int],
+        logprobs: list[dict[int, float] | None] | None = None,
+    ) -> list[Sequence]:
         """Record what a step sampled.
 
         A sequence that ended meanwhile (a stop id seen one step late, or an abort) is passed over.
@@ -154,18 +159,21 @@ class Scheduler:
         Args:
             batch: the oldest step that was scheduled and not postprocessed.
             token_ids: the sampled id of each of its items that samples, in order.
+            logprobs: log-probabilities for each likewise, None where they are not asked for; None
+                if they are asked for nowhere.
 
         Returns:
             The sequences that this step finished, in order.
         """
         finished = []
         sampling = [item for item in batch.items if item.samples]
-        for item, token_id in zip(sampling, token_ids, strict=True):
+        logprobs = [None] * len(sampling) if logprobs is None else logprobs
+        for item, token_id, token_logprobs in zip(sampling, token_ids, logprobs, strict=True):
             seq = item.seq
             if seq.is_finished:
                 continue
             self.num_generated_tokens += 1
-            seq.append_token(token_id)
+            seq.append_token(token_id, token_logprobs)
             if not batch.is_prefill:  # a prefill's blocks were published when it was scheduled
                 self.block_manager.publish(seq, item.start, item.end)
             if self._has_ended(seq):
@@ -202,6 +210,8 @@ class Scheduler:
             seq.status = SequenceStatus.FINISHED if is_ended else SequenceStatus.WAITING
             seq.num_unread_tokens = seq.num_computed_tokens = 0
             seq.block_table = []
+            if seq.logprobs is not None:
+                del seq.logprobs[len(seq.completion_token_ids) :]
         return ended
 
     def _has_ended(self, seq: Sequence) -> bool:

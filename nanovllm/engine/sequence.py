@@ -49,13 +49,13 @@ class Sequence:
         self.num_cached_tokens = 0  # of the prompt: found in the prefix cache, not computed
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []  # chained hashes of the full blocks, as far as asked for
+        # Of each known completion token, if asked for: its log-probability, then the likeliest's.
+        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.finish_reason: str | None = None  # "stop" | "length"
         self.stop_reason: str | int | None = None  # the stop text or id of `params` that ended it
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         self.detokenizer: Detokenizer | None = None  # only where text is needed as tokens come
         self.is_streamed = False  # its tokens are given out one by one, not by `step`
-        # One entry a completion token, if asked for: its id first, then the likeliest ones.
-        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
 
     def __len__(self) -> int:
         """Number of tokens, known and unread."""
@@ -91,8 +91,12 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
-    def append_token(self, token_id: int) -> None:
-        """Make the oldest unread token known."""
+    def append_token(self, token_id: int, logprobs: dict[int, float] | None = None) -> None:
+        """Make the oldest unread token known; `logprobs` are given if the request asks for them."""
         assert self.num_unread_tokens > 0, "no token of this sequence is being sampled"
         self.num_unread_tokens -= 1
+        if self.logprobs is not None:
+            assert logprobs is not None, "this sequence wants log-probabilities"
+            # Before the id: if Ctrl-C comes between the two, Scheduler.start_over drops the excess.
+            self.logprobs.append(logprobs)
         self.token_ids.append(token_id)
