@@ -22,6 +22,7 @@ from conftest import (
     completions,
     edit_json,
     greedy,
+    is_idle,
     random_prompts,
     save_tokenizer,
 )
@@ -52,13 +53,6 @@ def llm(shared_llm: LLM) -> Iterator[LLM]:
     assert is_idle(shared_llm)
     yield shared_llm
     assert is_idle(shared_llm)
-
-
-def is_idle(llm: LLM) -> bool:
-    """No request is known, and every block is free."""
-    scheduler = llm.scheduler
-    is_empty = not scheduler.has_unfinished and scheduler.block_manager.num_used_blocks == 0
-    return llm.is_finished() and is_empty
 
 
 def run_to_end(llm: LLM) -> dict[int, list[int]]:

@@ -266,10 +266,13 @@ class LLMEngine:
                 self._enqueue(seq)
             streams = [StreamedSequence(index, seq) for index, seq in enumerate(seqs)]
             while streams:
-                self._runner()  # while the caller holds a result, anything may happen
                 for stream in streams:
                     if stream.has_news:
                         yield stream.take_news()
+                # While the caller held a result, any of them may have come to its end.
+                streams = [stream for stream in streams if not stream.is_told_the_end]
+                if streams:
+                    self._runner()
                 streams = [s for s in streams if s.has_news or s.seq.seq_id in self._requests]
                 if streams and not any(stream.has_news for stream in streams):
                     self._step()

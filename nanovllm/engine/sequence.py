@@ -54,8 +54,6 @@ class Sequence:
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         self.detokenizer: Detokenizer | None = None  # only where text is needed as tokens come
         self.is_streamed = False  # its tokens are given out one by one, not by `step`
-        # One entry a completion token, if asked for: its id first, then the likeliest ones.
-        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
 
     def __len__(self) -> int:
         """Number of tokens, known and unread."""

@@ -18,14 +18,13 @@ class StreamedSequence:
         self.seq = seq
         self._num_tokens = 0  # of the completion, given so far
         self._num_chars = 0
-        self._is_ended = False  # the caller knows the finish_reason
+        self.is_told_the_end = False  # the caller knows the finish_reason
 
     @property
     def has_news(self) -> bool:
         """True while there is something that the caller has not been given."""
-        is_ended = self.seq.finish_reason is not None
         return self.seq.num_known_completion_tokens > self._num_tokens or (
-            is_ended and not self._is_ended
+            self.seq.finish_reason is not None and not self.is_told_the_end
         )
 
     def take_news(self) -> dict[str, Any]:
@@ -40,7 +39,7 @@ class StreamedSequence:
         }
         if seq.logprobs is not None:
             news["logprobs"] = seq.logprobs[first:end]
-        self._num_tokens, self._is_ended = end, seq.finish_reason is not None
+        self._num_tokens, self.is_told_the_end = end, seq.finish_reason is not None
         return news
 
     def _take_text(self) -> str:
