@@ -49,6 +49,8 @@ class Sequence:
         self.num_cached_tokens = 0  # of the prompt: found in the prefix cache, not computed
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []  # chained hashes of the full blocks, as far as asked for
+        # Of each known completion token, if asked for: its log-probability, then the likeliest's.
+        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.finish_reason: str | None = None  # "stop" | "length"
         self.stop_reason: str | int | None = None  # the stop text or id of `params` that ended it
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
