@@ -25,20 +25,9 @@ from nanovllm.utils.context import Context
 from nanovllm.utils.decode_graphs import DecodeGraphs, DecodeRow, StepTensors
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
+from nanovllm.utils.outputs import HostOutputs, TokenLogprobs
 
 logger = logging.getLogger("nanovllm")
-
-
-class TokenLogprobs(NamedTuple):
-    """Log-probabilities of a step's sampled tokens and of the likeliest, for those that ask.
-
-    rows: of the items that sample, the ones that ask. ids, values: int64 and float32
-    [num_asking, 1 + the largest number asked for].
-    """
-
-    rows: list[int]
-    ids: Tensor
-    values: Tensor
 
 
 class Launched(NamedTuple):
@@ -68,31 +57,7 @@ class Launched(NamedTuple):
             return None
         if self.done is not None:
             self.done.synchronize()
-        logprobs: list[dict[int, float] | None] = [None] * len(self.ids)
-        sampling = [item for item in self.batch.items if item.samples]
-        rows, ids, values = self.token_logprobs
-        for row, row_ids, row_values in zip(rows, ids.tolist(), values.tolist(), strict=True):
-            count = 1 + (sampling[row].seq.params.logprobs or 0)
-            logprobs[row] = dict(zip(row_ids[:count], row_values[:count], strict=True))
-        return logprobs
-
-
-class HostOutputs:
-    """Host memory that a step's outputs are copied to.
-
-    Args:
-        max_num_seqs: sequences in a step.
-        max_logprobs: log-probabilities of each.
-        pinned: so that no copy from a GPU waits.
-    """
-
-    def __init__(self, max_num_seqs: int, max_logprobs: int, pinned: bool) -> None:
-        def memory(size: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(size, dtype=dtype, device="cpu", pin_memory=pinned)
-
-        self.ids = memory(max_num_seqs, torch.int64)
-        self.logprob_ids = memory(max_num_seqs * max_logprobs, torch.int64)
-        self.logprob_values = memory(max_num_seqs * max_logprobs, torch.float32)
+        return self.token_logprobs.by_row(len(self.ids))
 
 
 class ModelRunner:
@@ -217,10 +182,7 @@ class ModelRunner:
         on_cuda = self.device.type == "cuda"
         self.sampled = torch.zeros(size, dtype=torch.int64, device=self.device)
         self.logits = torch.empty(size, model.vocab_size, dtype=self.dtype, device=self.device)
-        self.max_logprobs = min(MAX_LOGPROBS, model.vocab_size)
-        self.host_outputs = [
-            HostOutputs(size, 1 + self.max_logprobs, pinned=on_cuda) for _ in range(2)
-        ]
+        self.host_outputs = [HostOutputs(size, 1 + MAX_LOGPROBS, on_cuda) for _ in range(2)]
         self.embed, self.sample, self.decode_workspace = resolve_and_embed, sample, None
         self.kept_threshold = kept_threshold
         if kernels.usable(self.device):
@@ -302,7 +264,7 @@ class ModelRunner:
         halves = torch.full_like(rows, 0.5, dtype=torch.float32)
         filters = Filters(torch.ones_like(rows, dtype=torch.int32), halves, halves)
         self._sample(logits, halves, rows, rows, filters)
-        token_logprobs(logits, self.sampled, rows, self.max_logprobs)
+        token_logprobs(logits, self.sampled, rows, min(MAX_LOGPROBS, logits.size(1)))
 
     # --- CUDA graphs
 
@@ -408,38 +370,24 @@ class ModelRunner:
         """Start the copy of what was sampled to the host; two sets of memory take turns."""
         host = self.host_outputs[0]
         self.host_outputs.reverse()
-        ids = host.ids[: len(sampling)]
-        ids.copy_(self.sampled[: len(sampling)], non_blocking=True)
-        logprobs = self._read_logprobs_later(sampling, host)
+        ids = host.copy_ids(self.sampled[: len(sampling)])
+        logprobs = None
+        if asked := self._asked_logprobs(sampling):
+            rows = self._to_device(list(asked), torch.int64)
+            found = token_logprobs(self.logits, self.sampled, rows, max(asked.values()))
+            logprobs = host.copy_logprobs(asked, *found)
         done = None
         if self.device.type == "cuda":
             done = torch.cuda.current_stream().record_event()
         return Launched(batch, ids, done, logprobs)
 
-    def _read_logprobs_later(
-        self, sampling: list[ScheduledSequence], host: "HostOutputs"
-    ) -> TokenLogprobs | None:
-        """Compute the log-probabilities that are asked for, and start their copy."""
-        asked = {
-            row: item.seq.params.logprobs
+    def _asked_logprobs(self, sampling: list[ScheduledSequence]) -> dict[int, int]:
+        """The rows that ask for log-probabilities, and for how many likeliest tokens."""
+        return {
+            row: min(item.seq.params.logprobs, self.config.model_config.vocab_size)
             for row, item in enumerate(sampling)
             if item.seq.params.logprobs is not None
         }
-        if not asked:
-            return None
-        rows = list(asked)
-        num_likeliest = min(max(asked.values()), self.max_logprobs)
-        outputs = token_logprobs(
-            self.logits, self.sampled, self._to_device(rows, torch.int64), num_likeliest
-        )
-        shape = len(rows), 1 + num_likeliest
-        ids, values = (
-            memory[: shape[0] * shape[1]].view(shape)
-            for memory in (host.logprob_ids, host.logprob_values)
-        )
-        ids.copy_(outputs[0], non_blocking=True)
-        values.copy_(outputs[1], non_blocking=True)
-        return TokenLogprobs(rows, ids, values)
 
     def _prepare_prefill(self, items: list[ScheduledSequence]) -> tuple[Tensor, Tensor, Context]:
         """input_ids and positions, int64 [num_tokens], and the layout of a prefill step."""
