@@ -22,7 +22,13 @@ from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
 from nanovllm.utils.context import Context
-from nanovllm.utils.decode_graphs import DecodeGraphs, DecodeRow, StepTensors
+from nanovllm.utils.decode_graphs import (
+    DecodeGraphs,
+    DecodeRow,
+    StepInputs,
+    StepTensors,
+    graph_sizes,
+)
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
 from nanovllm.utils.outputs import HostOutputs, TokenLogprobs
@@ -93,6 +99,8 @@ class ModelRunner:
             budget = CudaBudget(self.device) if self.device.type == "cuda" else None
             self.model = self._load_model()
             self._allocate_step_memory()
+            if kernels.usable(self.device):
+                self._compile_kernels()
             self.graphs: DecodeGraphs | None = None
             self.num_blocks = config.num_kvcache_blocks
             if self.num_blocks == -1:
@@ -244,8 +252,27 @@ class ModelRunner:
             lengths[index] = min(self.config.max_model_len, num_tokens - sum(lengths) + 1)
         self._run_empty_prefill(lengths, from_cache=False)
 
+    def _compile_kernels(self) -> None:
+        """Compile every kernel that a step of any size launches, so that no later step has to."""
+        from nanovllm.kernels.launch import compiling_ahead
+
+        config = self.config
+        self._bind_kv_cache(1)
+        longest = min(2048, config.max_num_batched_tokens, config.max_model_len)
+        # Attention that loops over the sequences is no kernel of ours: there fewer sizes differ.
+        limit = 64 if BACKENDS[self.backend].loops_on_host else config.max_num_seqs
+        inputs = StepInputs(config.max_num_seqs, self.blocks_per_seq, self.device)
+        with compiling_ahead(self.device):
+            for lengths in ([2], [64] * min(2, config.max_num_seqs), [longest]):
+                for from_cache in (False, True):
+                    self._run_empty_prefill(lengths, from_cache)
+            for size in graph_sizes(min(limit, config.max_num_seqs)):
+                tensors = inputs.tensors(size)
+                context = tensors.context(self.block_size, self.decode_workspace, [1] * size)
+                self._decode_step(tensors, context)
+
     def _warm_up(self) -> None:
-        """Launch every kernel of a prefill, so that none is compiled or loaded later."""
+        """Run small prefills, so that what PyTorch loads when it is first used is there."""
         for lengths in ([2], [64] * min(2, self.config.max_num_seqs)):
             for from_cache in (False, True):
                 self._run_empty_prefill(lengths, from_cache)
@@ -262,8 +289,8 @@ class ModelRunner:
         context.logit_rows = rows
         logits = self.model(zeros, zeros, context, out=self.logits[: len(rows)])
         halves = torch.full_like(rows, 0.5, dtype=torch.float32)
-        filters = Filters(torch.ones_like(rows, dtype=torch.int32), halves, halves)
-        self._sample(logits, halves, rows, rows, filters)
+        for filters in (None, Filters(torch.ones_like(rows, dtype=torch.int32), halves, halves)):
+            self._sample(logits, halves, rows, rows, filters)
         token_logprobs(logits, self.sampled, rows, min(MAX_LOGPROBS, logits.size(1)))
 
     # --- CUDA graphs
@@ -433,17 +460,8 @@ class ModelRunner:
             seeds=self._to_device([row.seed for row in rows], torch.int64),
             filters=self._filters(items),
         )
-        context = Context(
-            is_prefill=False,
-            slot_mapping=inputs.slot_mapping,
-            query_lens=[1] * len(items),
-            key_lens=[row.context_len for row in rows],
-            block_size=self.block_size,
-            context_lens=inputs.context_lens,
-            block_tables=inputs.block_tables,
-            decode_workspace=self.decode_workspace,
-        )
-        return inputs, context
+        key_lens = [row.context_len for row in rows]
+        return inputs, inputs.context(self.block_size, self.decode_workspace, key_lens)
 
     def _slot(self, item: ScheduledSequence) -> int:
         """The slot of a decoded token: it stands at position `start`."""
