@@ -257,6 +257,7 @@ def test_the_end_is_told_if_the_step_that_brought_it_broke_off(trained_llm: LLM)
     found = [next(pieces)]
     for _ in range(2):
         recover_in_between(trained_llm)
+    assert trained_llm.step() == ([], 0)
     found += pieces
     assert sum(len(piece["token_ids"]) for piece in found) == 2
     assert [piece["finish_reason"] for piece in found][-1] == "length"
