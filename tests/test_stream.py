@@ -190,6 +190,15 @@ def test_a_loop_that_is_left_aborts_its_requests_alone(
     assert finished == [(other, expected)]
 
 
+def test_a_request_that_is_aborted_by_its_id_ends_with_no_reason(trained_llm: LLM) -> None:
+    pieces = trained_llm.stream([[5], [6]], GREEDY)
+    next(pieces)
+    trained_llm.abort_request(min(seq.seq_id for seq in trained_llm.scheduler.running))
+    rest = list(pieces)
+    assert {piece["index"] for piece in rest} == {1}
+    assert rest[-1]["finish_reason"] == "length"
+
+
 # --- using the engine in between -------------------------------------------------------------
 
 
@@ -257,6 +266,7 @@ def test_the_end_is_told_if_the_step_that_brought_it_broke_off(trained_llm: LLM)
     found = [next(pieces)]
     for _ in range(2):
         recover_in_between(trained_llm)
+    assert trained_llm.step() == ([], 0)
     found += pieces
     assert sum(len(piece["token_ids"]) for piece in found) == 2
     assert [piece["finish_reason"] for piece in found][-1] == "length"

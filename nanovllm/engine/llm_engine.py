@@ -272,10 +272,8 @@ class LLMEngine:
                 # While the caller held a result, any of them may have come to its end.
                 streams = [stream for stream in streams if not stream.is_told_the_end]
                 if streams:
-                    self._runner()
-                streams = [s for s in streams if s.has_news or s.seq.seq_id in self._requests]
-                if streams and not any(stream.has_news for stream in streams):
                     self._step()
+                streams = [s for s in streams if s.has_news or s.seq.seq_id in self._requests]
         finally:
             self._abort({seq.seq_id for seq in seqs})
 
