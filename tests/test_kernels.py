@@ -480,14 +480,22 @@ def test_matvec(num_tokens: int, dtype: torch.dtype) -> None:
 
 @runs_kernels
 @dtypes
-@pytest.mark.parametrize("num_tokens", [1, 21])
-def test_small_linear(num_tokens: int, dtype: torch.dtype) -> None:
-    from nanovllm.kernels import gemv
+@pytest.mark.parametrize("num_tokens", [1, 21, 64])
+@pytest.mark.parametrize(("outputs", "inputs"), [(90, 400), (64, 1536), (4096, 256)])
+def test_small_linear(outputs: int, inputs: int, num_tokens: int, dtype: torch.dtype) -> None:
+    """Tiles that divide the weight and ones that do not; inputs in one part and in several."""
+    from nanovllm.kernels.small_linear import small_linear, small_linear_counters
 
-    x, weight = randn(num_tokens, 400, dtype=dtype), randn(90, 400, dtype=dtype)
-    bias = randn(90, dtype=dtype)
-    expected = F.linear(x.double(), weight.double(), bias.double())
-    assert close(gemv.small_linear(x, weight, bias), expected)
+    x, weight = randn(num_tokens, inputs, dtype=dtype), randn(outputs, inputs, dtype=dtype)
+    bias, counters = randn(outputs, dtype=dtype), small_linear_counters(outputs).to(DEVICE)
+    exact = F.linear(x.double(), weight.double())
+    for _ in range(2):  # a launch leaves the counters ready for the next
+        assert close(small_linear(x, weight, bias, counters), exact + bias.double())
+    assert close(small_linear(x, weight), exact)
+    if outputs % 2 == 0:
+        x *= inputs**-0.5
+        expected = silu_and_mul(F.linear(x.double(), weight.double()))
+        assert close(small_linear(x, weight, gated=True), expected)
 
 
 @runs_kernels
@@ -514,7 +522,7 @@ LAUNCHES += [(sm, name) for sm in SHARED_BYTES for name in ("decode", "prefill",
 
 def launch(name: str, shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the launches of one kind, on tensors that no kernel will touch."""
-    from nanovllm.kernels import attention, embedding, filters, fused, gemv, sampler
+    from nanovllm.kernels import attention, embedding, filters, fused, gemv, sampler, small_linear
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=dtype)
@@ -550,8 +558,10 @@ def launch(name: str, shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Non
     else:
         x = empty(2, 4096)
         gemv.rms_norm_gate_up(x, x[0], EPS, empty(24576, 4096))
-        monkeypatch.setattr(gemv, "shared_memory", lambda _: shared_bytes)
-        gemv.small_linear(empty(64, 4096), empty(4096, 4096))
+        monkeypatch.setattr(small_linear, "shared_memory", lambda _: shared_bytes)
+        small_linear.small_linear(empty(64, 4096), empty(4096, 4096))
+        small_linear.small_linear(empty(64, 3072), empty(1024, 3072))
+        small_linear.small_linear(empty(64, 4096), empty(24576, 4096), gated=True)
         gemv.linear_add(empty(1, 12288), empty(4096, 12288), x[:1])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -43,10 +44,16 @@ class LLMEngine:
     def __init__(self, model: str, **options: Any) -> None:
         config = Config.from_options(model, options)
         self.config = config
-        self.tokenizer = _load_tokenizer(config)
+        with ThreadPoolExecutor(1) as pool:  # beside the model: importing it takes seconds
+            tokenizer = pool.submit(_load_tokenizer, config)
+            self.model_runner: ModelRunner | None = ModelRunner(config)
+        try:
+            self.tokenizer = tokenizer.result()
+        except ValueError:
+            self.model_runner.free()
+            raise
         self.stop_ids = self._find_stop_ids()
         self._hidden_ids = find_hidden_ids(self.tokenizer)
-        self.model_runner: ModelRunner | None = ModelRunner(config)
         self.scheduler = Scheduler(
             config,
             BlockManager(self.model_runner.num_blocks, config.kvcache_block_size),
@@ -455,9 +462,13 @@ def _load_tokenizer(config: Config) -> Any | None:
     names = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
     if not any((config.model_dir / name).is_file() for name in names):
         return None
-    from transformers import AutoTokenizer  # slow to import
+    import transformers  # slow, and AutoTokenizer, which pulls in every model, is slower still
 
+    is_fast = (config.model_dir / "tokenizer.json").is_file()
+    tokenizer_class = getattr(
+        transformers, "PreTrainedTokenizerFast" if is_fast else "AutoTokenizer"
+    )
     try:
-        return AutoTokenizer.from_pretrained(config.model_dir)
+        return tokenizer_class.from_pretrained(config.model_dir)
     except Exception as error:  # whatever a broken file makes it raise
         raise ValueError(f"{config.model_dir}: the tokenizer cannot be loaded: {error}") from error

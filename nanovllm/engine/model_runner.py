@@ -5,9 +5,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,13 +23,7 @@ from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
 from nanovllm.utils.context import Context
-from nanovllm.utils.decode_graphs import (
-    DecodeGraphs,
-    DecodeRow,
-    StepInputs,
-    StepTensors,
-    graph_sizes,
-)
+from nanovllm.utils.decode_graphs import DecodeGraphs, DecodeRow, StepInputs, StepTensors
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
 from nanovllm.utils.outputs import HostOutputs, TokenLogprobs
@@ -260,16 +255,21 @@ class ModelRunner:
         self._bind_kv_cache(1)
         longest = min(2048, config.max_num_batched_tokens, config.max_model_len)
         # Attention that loops over the sequences is no kernel of ours: there fewer sizes differ.
-        limit = 64 if BACKENDS[self.backend].loops_on_host else config.max_num_seqs
-        inputs = StepInputs(config.max_num_seqs, self.blocks_per_seq, self.device)
+        limit = config.max_num_seqs
+        if BACKENDS[self.backend].loops_on_host:
+            limit = min(limit, 64)
+        inputs = StepInputs(limit, self.blocks_per_seq, self.device)
+        layers = self.model.model.layers
+        self.model.model.layers = layers[:1]  # all launch the same
         with compiling_ahead(self.device):
-            for lengths in ([2], [64] * min(2, config.max_num_seqs), [longest]):
+            for lengths in ([2], [64] * min(2, limit), [longest]):
                 for from_cache in (False, True):
                     self._run_empty_prefill(lengths, from_cache)
-            for size in graph_sizes(min(limit, config.max_num_seqs)):
+            for size in {min(1 << n, limit) for n in range(limit.bit_length() + 1)}:
                 tensors = inputs.tensors(size)
                 context = tensors.context(self.block_size, self.decode_workspace, [1] * size)
                 self._decode_step(tensors, context)
+        self.model.model.layers = layers
 
     def _warm_up(self) -> None:
         """Run small prefills, so that what PyTorch loads when it is first used is there."""
@@ -280,7 +280,7 @@ class ModelRunner:
 
     def _run_empty_prefill(self, lengths: list[int], from_cache: bool) -> None:
         """A prefill of zeros that stores nothing; from_cache: it attends to the first block."""
-        context = self._prefill_context(lengths, lengths, [-1] * sum(lengths))
+        context = self._prefill_context(lengths, lengths, np.full(sum(lengths), -1))
         if from_cache:
             width = -(-max(lengths) // self.block_size)
             context.block_tables = self._to_device([[0] * width] * len(lengths), torch.int32)
@@ -418,25 +418,25 @@ class ModelRunner:
 
     def _prepare_prefill(self, items: list[ScheduledSequence]) -> tuple[Tensor, Tensor, Context]:
         """input_ids and positions, int64 [num_tokens], and the layout of a prefill step."""
-        input_ids = chain.from_iterable(item.seq.token_ids[item.start : item.end] for item in items)
-        positions = chain.from_iterable(range(item.start, item.end) for item in items)
+        input_ids = [np.array(item.seq.token_ids[item.start : item.end]) for item in items]
+        positions = [np.arange(item.start, item.end) for item in items]
         query_lens = [item.end - item.start for item in items]
         key_lens = [item.end for item in items]
-        slots = chain.from_iterable(self._slots(item) for item in items)
-        context = self._prefill_context(query_lens, key_lens, list(slots))
+        slots = np.concatenate([self._slots(item) for item in items])
+        context = self._prefill_context(query_lens, key_lens, slots)
         if query_lens != key_lens:
             context.block_tables = self._block_tables(items)
         last_rows = [end - 1 for end in accumulate(query_lens)]
         rows = [row for row, item in zip(last_rows, items, strict=True) if item.samples]
         context.logit_rows = self._to_device(rows, torch.int64)
         return (
-            self._to_device(list(input_ids), torch.int64),
-            self._to_device(list(positions), torch.int64),
+            self._to_device(np.concatenate(input_ids), torch.int64),
+            self._to_device(np.concatenate(positions), torch.int64),
             context,
         )
 
     def _prefill_context(
-        self, query_lens: list[int], key_lens: list[int], slots: list[int]
+        self, query_lens: list[int], key_lens: list[int], slots: np.ndarray
     ) -> Context:
         return Context(
             is_prefill=True,
@@ -468,15 +468,11 @@ class ModelRunner:
         block, offset = divmod(item.start, self.block_size)
         return item.seq.block_table[block] * self.block_size + offset
 
-    def _slots(self, item: ScheduledSequence) -> Iterator[int]:
+    def _slots(self, item: ScheduledSequence) -> np.ndarray:
         """The slots of positions start .. end - 1."""
-        position = item.start
-        while position < item.end:
-            block, offset = divmod(position, self.block_size)
-            count = min(self.block_size - offset, item.end - position)
-            first = item.seq.block_table[block] * self.block_size + offset
-            yield from range(first, first + count)
-            position += count
+        positions = np.arange(item.start, item.end)
+        blocks = np.array(item.seq.block_table)[positions // self.block_size]
+        return blocks * self.block_size + positions % self.block_size
 
     def _block_tables(self, items: list[ScheduledSequence]) -> Tensor:
         """int32 [num_seqs, longest table], padded with -1."""
@@ -486,12 +482,15 @@ class ModelRunner:
             [table + [-1] * (width - len(table)) for table in tables], torch.int32
         )
 
-    def _to_device(self, values: list[Any], dtype: torch.dtype) -> Tensor:
+    def _to_device(self, values: list[Any] | np.ndarray, dtype: torch.dtype) -> Tensor:
         """A tensor of host numbers on the model's device; from pinned memory no copy waits."""
-        pinned = self.device.type == "cuda"
-        return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned).to(
-            self.device, non_blocking=True
-        )
+        if isinstance(values, np.ndarray):
+            tensor = torch.from_numpy(values).to(dtype)
+        else:
+            tensor = torch.tensor(values, dtype=dtype, device="cpu")
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
 
 def _resolve_device(name: str) -> torch.device:

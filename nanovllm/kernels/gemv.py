@@ -1,22 +1,20 @@
-"""Linear layers for small batches, with what stands before and after them.
+"""Linear layers for one or two tokens, with what stands before and after them.
 
 There a linear layer reads its weights and does next to nothing else, so what counts is that the
 memory never rests. Twins: modules of nanovllm.layers one after the other, which round at the same
 places.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.device import shared_memory
 from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
 
-# Each further token is another pass over the weights in registers; cuBLAS is faster from 3 on, and
-# in layers with thousands of inputs from 2 on.
+# Each further token is another pass over the weights in registers: from 3 on small_linear is
+# faster, in layers with thousands of inputs from 2 on.
 MAX_TOKENS = 2
 
 
@@ -103,7 +101,6 @@ def _matvec(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
-    config: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     num_tokens, input_size = x.shape
@@ -112,7 +109,7 @@ def _matvec(
     assert x.is_contiguous() and weight.is_contiguous()
     assert residual is None or residual.is_contiguous()
     out = x.new_empty(num_tokens, output_size) if out is None else out
-    rows, block, num_warps = config or matvec_config(num_tokens, input_size, norm is not None)
+    rows, block, num_warps = matvec_config(num_tokens, input_size, norm is not None)
     norm_weight, eps = norm or (None, 0.0)
     launch(
         _matvec_kernel, (triton.cdiv(output_size, rows),), x,
@@ -129,7 +126,6 @@ def rms_norm_linear(
     eps: float,
     weight: Tensor,
     bias: Tensor | None = None,
-    config: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """linear(rms_norm(x)), for at most MAX_TOKENS tokens. Twins: rms_norm, F.linear.
@@ -142,7 +138,7 @@ def rms_norm_linear(
     Returns:
         [num_tokens, output_size]: `out`, if given, which must be contiguous.
     """
-    return _matvec(x, weight, (norm_weight, eps), bias=bias, config=config, out=out)
+    return _matvec(x, weight, (norm_weight, eps), bias=bias, out=out)
 
 
 def rms_norm_gate_up(
@@ -150,7 +146,6 @@ def rms_norm_gate_up(
     norm_weight: Tensor,
     eps: float,
     weight: Tensor,
-    config: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """silu_and_mul(linear(rms_norm(x))), for at most MAX_TOKENS tokens.
 
@@ -162,7 +157,7 @@ def rms_norm_gate_up(
     Returns:
         [num_tokens, intermediate_size].
     """
-    return _matvec(x, weight, (norm_weight, eps), gated=True, config=config)
+    return _matvec(x, weight, (norm_weight, eps), gated=True)
 
 
 def linear_add(
@@ -170,7 +165,6 @@ def linear_add(
     weight: Tensor,
     residual: Tensor,
     bias: Tensor | None = None,
-    config: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """residual + linear(x), for at most MAX_TOKENS tokens. Twins: F.linear, add.
 
@@ -180,69 +174,4 @@ def linear_add(
     Returns:
         [num_tokens, output_size].
     """
-    return _matvec(x, weight, bias=bias, residual=residual, config=config)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _small_linear_kernel(
-    x, weight, bias, out, num_tokens, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """One program for BLOCK_N outputs of BLOCK_M tokens."""
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    column_mask = (columns < N)[:, None]
-    token_mask = (tokens < num_tokens)[:, None]
-    w_rows = weight + columns.to(tl.int64)[:, None] * K
-    x_rows = x + tokens[:, None] * K
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        k_mask = (first + k < K)[None, :]
-        w = tl.load(w_rows + first + k[None, :], mask=column_mask & k_mask, other=0.0)
-        v = tl.load(x_rows + first + k[None, :], mask=token_mask & k_mask, other=0.0)
-        acc = tl.dot(v, w.T, acc, input_precision=PRECISION)
-    if bias is not None:
-        acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    places = out + tokens[:, None] * N + columns[None, :]
-    tl.store(places, acc, mask=token_mask & (columns < N)[None, :])
-
-
-def small_linear_tiles(
-    num_tokens: int, output_size: int, element_size: int, shared_bytes: int
-) -> tuple[int, int, int]:
-    """Tokens and outputs a tile and tiles of 256 inputs in flight, in so much shared memory."""
-    tokens = min(64, max(16, triton.next_power_of_2(num_tokens)))
-    outputs = 16 if output_size <= 2048 else 32
-    stage_bytes = (tokens + outputs) * 256 * element_size
-    return tokens, outputs, max(1, min(4, shared_bytes // stage_bytes))
-
-
-def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer for a batch of up to 64 tokens. Twin: F.linear.
-
-    Args:
-        x: [num_tokens, input_size], contiguous.
-        weight: [output_size, input_size], contiguous, in x's dtype. bias: [output_size].
-
-    Returns:
-        [num_tokens, output_size].
-    """
-    num_tokens, input_size = x.shape
-    output_size = len(weight)
-    assert x.is_contiguous() and weight.is_contiguous()
-    out = x.new_empty(num_tokens, output_size)
-    block_m, block_n, num_stages = small_linear_tiles(
-        num_tokens, output_size, x.element_size(), shared_memory(x.device)
-    )
-    launch(
-        _small_linear_kernel, (triton.cdiv(output_size, block_n), triton.cdiv(num_tokens, block_m)),
-        x, x, weight, bias, out, num_tokens, N=output_size, K=input_size, BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_K=256, STAGES=num_stages,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-    )  # fmt: skip
-    return out
+    return _matvec(x, weight, bias=bias, residual=residual)

@@ -23,13 +23,12 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **options
     """
     if 0 in grid:
         return
-    pdl = has_pdl(on.device)
+    options["PDL"] = options["launch_pdl"] = has_pdl(on.device)
     with torch.cuda.device_of(on):
         if _asked_for is None:
-            kernel[grid](*args, PDL=pdl, launch_pdl=pdl, **options)
+            kernel[grid](*args, **options)
         else:
-            options |= {"PDL": pdl, "launch_pdl": pdl, "grid": grid}
-            _asked_for.append(kernel.warmup(*args, **options))
+            _asked_for.append(kernel.warmup(*args, grid=grid, **options))
 
 
 @contextmanager
@@ -41,7 +40,9 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
     """
     global _asked_for
 
-    def load(kernel: CompiledKernel) -> None:
+    def load(kernel: CompiledKernel | triton.FutureKernel) -> None:
+        if isinstance(kernel, triton.FutureKernel):
+            kernel = kernel.result()
         with torch.cuda.device(device):
             _ = kernel.run  # builds the launcher and loads the binary
 
@@ -50,7 +51,6 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
         try:
             with triton.AsyncCompileMode(pool):
                 yield
-            futures = {id(future): future for future in _asked_for}.values()
-            list(pool.map(lambda future: load(future.result()), futures))
+            list(pool.map(load, {id(kernel): kernel for kernel in _asked_for}.values()))
         finally:
             _asked_for = None

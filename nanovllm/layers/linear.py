@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from nanovllm import kernels
 
-MAX_SMALL_TOKENS = 64
-
 
 class Linear(nn.Module):
     """y = x @ weight.T + bias, weight [output_size, input_size] in the default dtype and device."""
@@ -18,15 +16,19 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(output_size, input_size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
-        # Up to so many tokens the kernel is faster than cuBLAS (measured on an H100).
-        self.max_small = MAX_SMALL_TOKENS if kernels.usable() else 0
+        self.max_small = 0  # tokens, up to which the kernel is faster than cuBLAS
+        if kernels.usable():
+            from nanovllm.kernels.small_linear import MAX_SMALL_TOKENS, small_linear_counters
+
+            self.max_small = MAX_SMALL_TOKENS
+            self.counters = small_linear_counters(output_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, input_size] -> [num_tokens, output_size]."""
         if len(x) <= self.max_small:
-            from nanovllm.kernels.gemv import small_linear
+            from nanovllm.kernels.small_linear import small_linear
 
-            return small_linear(x, self.weight, self.bias)
+            return small_linear(x, self.weight, self.bias, self.counters)
         return F.linear(x, self.weight, self.bias)
 
 

@@ -65,7 +65,11 @@ class Qwen3MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
-        return self.down_proj(self.act(self.gate_up_proj(x)))
+        if len(x) > self.gate_up_proj.max_small:
+            return self.down_proj(self.act(self.gate_up_proj(x)))
+        from nanovllm.kernels.small_linear import small_linear
+
+        return self.down_proj(small_linear(x, self.gate_up_proj.weight, gated=True))
 
 
 class Qwen3DecoderLayer(nn.Module):

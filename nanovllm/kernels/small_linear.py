@@ -1,0 +1,171 @@
+"""Linear layers for small batches, where reading the weights takes the time. Twin: F.linear."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nanovllm.kernels.device import shared_memory
+from nanovllm.kernels.fused import silu_times
+from nanovllm.kernels.launch import launch
+
+MAX_SMALL_TOKENS = 64  # beyond them cuBLAS is faster
+TILE_OUTPUTS, TILE_INPUTS = 32, 128
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _small_linear_kernel(
+    x, weight, bias, out, partial, counters, num_tokens, N: tl.constexpr, K: tl.constexpr,
+    PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for PART inputs of BLOCK_N outputs of BLOCK_M tokens. GATED: as above.
+
+    Where the inputs are divided, the last of a tile's programs adds up what all have written.
+    """
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.arange(0, BLOCK_M)
+    start = tl.program_id(1) * PART
+    end = tl.minimum(start + PART, K)
+    w_mask = (columns < N)[:, None]
+    x_mask = (tokens < num_tokens)[:, None]
+    w_rows = weight + columns.to(tl.int64)[:, None] * K
+    x_rows = x + tokens[:, None] * K
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+        k = (first + tl.arange(0, BLOCK_K))[None, :]
+        if K % BLOCK_K == 0:
+            v = tl.load(x_rows + k, mask=x_mask, other=0.0)
+        else:
+            v = tl.load(x_rows + k, mask=x_mask & (k < K), other=0.0)
+        w = _load_weight(w_rows + k, w_mask, k, N, K, BLOCK_N, BLOCK_K)
+        acc = tl.dot(v, w.T, acc, input_precision=PRECISION)
+        if GATED:
+            w = _load_weight(w_rows + N * K + k, w_mask, k, N, K, BLOCK_N, BLOCK_K)
+            up = tl.dot(v, w.T, up, input_precision=PRECISION)
+    places = tokens[:, None] * N + columns[None, :]
+    mask = x_mask & (columns < N)[None, :]
+    if PART < K:
+        size = num_tokens * N
+        tl.store(partial + tl.program_id(1) * size + places, acc, mask=mask)
+        tl.debug_barrier()  # all threads have written before one of them counts
+        counter = counters + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
+            tl.store(counter, 0)  # for the next launch
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for part in tl.range(0, tl.num_programs(1)):
+                # .cg: from L2, where the other programs' writes are.
+                pointers = partial + part * size + places
+                acc += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
+            _store_outputs(out + places, acc, up, bias, columns, mask, N, GATED)
+    else:
+        _store_outputs(out + places, acc, up, bias, columns, mask, N, GATED)
+
+
+@triton.jit
+def _load_weight(
+    pointers, row_mask, k, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """A tile of the weight; masked only where tiles do not divide it."""
+    if K % BLOCK_K == 0 and N % BLOCK_N == 0:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=row_mask & (k < K), other=0.0)
+
+
+@triton.jit
+def _store_outputs(
+    pointers, acc, up, bias, columns, mask, N: tl.constexpr, GATED: tl.constexpr
+) -> None:  # fmt: skip
+    dtype: tl.constexpr = pointers.dtype.element_ty
+    if bias is not None:
+        acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        acc = silu_times(acc.to(dtype), up.to(dtype), dtype)
+    tl.store(pointers, acc, mask=mask)
+
+
+class SmallLinearPlan(NamedTuple):
+    """Tokens a tile, tiles in flight, and in how many parts the inputs are divided."""
+
+    tokens: int
+    num_stages: int
+    num_parts: int
+
+
+def small_linear_plan(
+    num_tokens: int, input_size: int, output_size: int, gated: bool, shared_bytes: int
+) -> SmallLinearPlan:
+    """A plan for 16-bit elements that fits so much shared memory. Measured on an H100.
+
+    The inputs of a layer with few outputs are divided, so that every SM has a program.
+    """
+    tokens = min(MAX_SMALL_TOKENS, max(16, triton.next_power_of_2(num_tokens)))
+    num_parts = 1
+    if not gated:
+        num_parts = triton.next_power_of_2(triton.cdiv(100, triton.cdiv(output_size, TILE_OUTPUTS)))
+        num_parts = max(1, min(4, num_parts, input_size // 512))
+    most = 4 if gated or num_parts > 1 else 8
+    stage_bytes = 2 * TILE_INPUTS * (tokens + TILE_OUTPUTS * (2 if gated else 1))
+    return SmallLinearPlan(tokens, max(1, min(most, shared_bytes // stage_bytes)), num_parts)
+
+
+def small_linear_counters(output_size: int) -> Tensor:
+    """What `small_linear` needs to know when a tile is complete: int32 zeros, one a tile.
+
+    Launches that may overlap in time (other than in one stream) must not share them.
+    """
+    return torch.zeros(triton.cdiv(output_size, TILE_OUTPUTS), dtype=torch.int32)
+
+
+def small_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    counters: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """A linear layer of up to MAX_SMALL_TOKENS tokens. Twins: F.linear; gated: silu_and_mul of it.
+
+    Args:
+        x: [num_tokens, input_size], contiguous.
+        weight: [output_size, input_size], contiguous, in x's dtype; gated: twice as many rows,
+            gate over up.
+        bias: [output_size]; not with gated.
+        counters: from small_linear_counters; None allocates them, which costs a launch.
+
+    Returns:
+        [num_tokens, output_size].
+    """
+    num_tokens, input_size = x.shape
+    output_size = len(weight) // (2 if gated else 1)
+    assert num_tokens <= MAX_SMALL_TOKENS and not (gated and bias is not None)
+    assert x.is_contiguous() and weight.is_contiguous()
+    plan = small_linear_plan(
+        num_tokens, input_size, output_size, gated, shared_memory(x.device) * 2 // x.element_size()
+    )
+    num_tiles = triton.cdiv(output_size, TILE_OUTPUTS)
+    part = triton.cdiv(triton.cdiv(input_size, plan.num_parts), TILE_INPUTS) * TILE_INPUTS
+    num_parts = triton.cdiv(input_size, part)
+    partial = None
+    if num_parts > 1:
+        partial = x.new_empty(num_parts, num_tokens, output_size, dtype=torch.float32)
+        if counters is None:
+            counters = x.new_zeros(num_tiles, dtype=torch.int32)
+    out = x.new_empty(num_tokens, output_size)
+    launch(
+        _small_linear_kernel, (num_tiles, num_parts), x,
+        x, weight, bias, out, partial, counters if num_parts > 1 else None, num_tokens,
+        N=output_size, K=input_size, PART=part, BLOCK_M=plan.tokens, BLOCK_N=TILE_OUTPUTS,
+        BLOCK_K=TILE_INPUTS, STAGES=plan.num_stages, GATED=gated,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    return out
