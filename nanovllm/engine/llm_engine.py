@@ -89,9 +89,12 @@ class LLMEngine:
         """End a request in any state and free its blocks; an unknown id is ignored.
 
         Raises:
+            TypeError: `seq_id` is no int.
             RuntimeError: the engine was shut down.
         """
         self._runner()
+        if not isinstance(seq_id, int):
+            raise TypeError(f"seq_id must be an int, got {seq_id!r:.80}")
         self._abort({seq_id})
 
     def is_finished(self) -> bool:
