@@ -445,3 +445,25 @@ def test_flash_attn_equals_float64(
     exact = attend("torch", torch.float64)
     for out, ref in zip(attend("flash_attn", torch.bfloat16), exact, strict=True):
         assert (out - ref).norm() / ref.norm() < 5e-3
+
+
+# --- streams and stop texts ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["overlapped", "plain"])
+def test_streams_and_stop_texts_give_what_generate_gives(
+    prompts: list[list[int]], enforce_eager: bool
+) -> None:
+    with engine(enforce_eager=enforce_eager) as llm:
+        whole = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=32), False)
+        # From the middle of each text: it may begin and end within tokens.
+        stops = [output["text"][5:8] or "never comes" for output in whole]
+        params = [SamplingParams(temperature=0.0, max_tokens=32, stop=stop) for stop in stops]
+        texts = [""] * len(prompts)
+        for piece in llm.stream(prompts, params):
+            texts[piece["index"]] += piece["text"]
+        expected = [
+            output["text"].split(stop)[0] for output, stop in zip(whole, stops, strict=True)
+        ]
+        assert texts == expected
+        assert llm.stats()["num_used_blocks"] == 0

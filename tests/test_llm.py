@@ -466,15 +466,20 @@ def test_the_result_of_a_finished_request_can_still_be_aborted(llm: LLM) -> None
 # --- the end of an engine, and several of them -----------------------------------------------
 
 
-USES: list[Callable[[LLM], Any]] = [
-    lambda llm: llm.generate([[1]], use_tqdm=False),
-    lambda llm: llm.generate("w1"),
-    lambda llm: llm.add_request([1]),
-    lambda llm: llm.step(),
-]
+USES: dict[str, Callable[[LLM], Any]] = {
+    "generate ids": lambda llm: llm.generate([[1]], use_tqdm=False),
+    "generate text": lambda llm: llm.generate("w1"),
+    "generate nothing": lambda llm: llm.generate([]),
+    "stream": lambda llm: llm.stream([[1]]),
+    "chat": lambda llm: llm.chat([{"role": "user", "content": "w1"}]),
+    "add_request": lambda llm: llm.add_request([1]),
+    "abort_request": lambda llm: llm.abort_request(1),
+    "step": lambda llm: llm.step(),
+    "stats": lambda llm: llm.stats(),
+}
 
 
-@pytest.mark.parametrize("use", USES, ids=["generate ids", "generate text", "add_request", "step"])
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_an_engine_that_was_shut_down_says_so(use: Callable[[LLM], Any], text_model: Path) -> None:
     llm = LLM(str(text_model), **OPTIONS)
     llm.exit()

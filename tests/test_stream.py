@@ -1,6 +1,7 @@
 """LLM.stream: the same results as generate, piece by piece, and nothing left behind."""
 
 import contextlib
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from conftest import ask, is_idle
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
 
 
@@ -188,6 +190,39 @@ def test_a_loop_that_is_left_aborts_its_requests_alone(
     while not trained_llm.is_finished():
         finished += trained_llm.step()[0]
     assert finished == [(other, expected)]
+
+
+class Forgotten:
+    """Holds itself, so that only the garbage collector drops the stream."""
+
+    def __init__(self, pieces: Iterator[dict[str, Any]]) -> None:
+        self.pieces = pieces
+        self.itself = self
+
+
+@pytest.mark.parametrize("name", ["allocate", "publish"])
+def test_the_garbage_collector_may_close_a_stream_in_the_middle_of_a_step(
+    name: str, trained_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = ask(trained_llm, "introduce yourself")
+    [expected] = trained_llm.generate(prompt, GREEDY, use_tqdm=False)
+    pieces = trained_llm.stream(prompt, greedy(60))
+    next(pieces)
+    Forgotten(pieces)
+    del pieces
+    real = getattr(BlockManager, name)
+
+    def collecting(*args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(BlockManager, name, collecting)
+    gc.disable()
+    try:
+        [output] = trained_llm.generate(prompt, GREEDY, use_tqdm=False)
+    finally:
+        gc.enable()
+    assert output["token_ids"] == expected["token_ids"]
 
 
 def test_a_request_that_is_aborted_by_its_id_ends_with_no_reason(trained_llm: LLM) -> None:

@@ -63,6 +63,8 @@ class LLMEngine:
         self._finished: list[Sequence] = []  # not reported yet
         self._in_flight: Launched | None = None  # a step whose ids have not been read
         self._is_consistent = True  # False while the queues and blocks are being changed
+        self._is_changing = False  # likewise, but true no more once the change has broken off
+        self._dropped: set[int] = set()  # requests of streams that were dropped within a change
 
     def __enter__(self) -> "LLMEngine":
         return self
@@ -96,9 +98,12 @@ class LLMEngine:
         """End a request in any state and free its blocks; an unknown id is ignored.
 
         Raises:
+            TypeError: `seq_id` is no int.
             RuntimeError: the engine was shut down.
         """
         self._runner()
+        if not isinstance(seq_id, int):
+            raise TypeError(f"seq_id must be an int, got {seq_id!r:.80}")
         self._abort({seq_id})
 
     def is_finished(self) -> bool:
@@ -282,11 +287,24 @@ class LLMEngine:
                     self._step()
                 streams = [s for s in streams if s.has_news or s.seq.seq_id in self._requests]
         finally:
-            self._abort({seq.seq_id for seq in seqs})
+            self._drop({seq.seq_id for seq in seqs})
+
+    def _drop(self, seq_ids: set[int]) -> None:
+        """Abort requests now, or if that cannot be, with the next step.
+
+        The garbage collector may close a forgotten stream in the middle of a step.
+        """
+        if self._is_changing:
+            self._dropped |= seq_ids
+        else:
+            self._abort(seq_ids)
 
     def _step(self) -> int:
         """One turn of the loop; gives its tokens as `step` does, and adds to `_finished`."""
         runner = self._runner()
+        if self._dropped:
+            seq_ids, self._dropped = self._dropped, set()
+            self._abort(seq_ids)
         if not self._is_consistent:
             self._recover()
         with self._changing():
@@ -334,8 +352,12 @@ class LLMEngine:
     def _changing(self) -> Iterator[None]:
         """Around every change of queues and blocks: an exception within makes `_recover` due."""
         self._is_consistent = False
-        yield
-        self._is_consistent = True
+        self._is_changing = True
+        try:
+            yield
+            self._is_consistent = True
+        finally:
+            self._is_changing = False
 
     def _recover(self) -> None:
         """After a change that broke off halfway: start anew from the requests and their tokens."""
