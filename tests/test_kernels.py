@@ -415,12 +415,16 @@ def test_kept_threshold_at_the_extremes() -> None:
     logits[4, 7] = math.inf
     logits[5] = 1.5  # all tied
     logits[6] = 3e38 * logits[6] / logits[6].abs().max()
-    temperatures = torch.tensor([1, 1, 1, 1e-44, 1, 1, 1e30, 1e-38, 3e38], device=DEVICE)
+    logits[8, 2000:] = -math.inf
+    temperatures = torch.tensor([1, 1, 1, 1e-44, 1, 1, 1e30, 1e-38, math.inf], device=DEVICE)
     for asked in ((10, 1.0, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.3), (2900, 0.9999, 1e-30)):
         top_k, top_p, min_p = (torch.full((9,), value, device=DEVICE) for value in asked)
         arguments = logits, temperatures, top_k.int(), top_p, min_p
         thresholds, expected = filters.kept_threshold(*arguments), kept_threshold(*arguments)
-        kept, twins = ((logits >= x[:, None]).sum(dim=-1) for x in (thresholds, expected))
+        likely = logits > -math.inf
+        kept, twins = (
+            (likely & (logits >= x[:, None])).sum(dim=-1) for x in (thresholds, expected)
+        )
         assert ((kept - twins).abs() <= 2).all(), (asked, kept, twins)
 
 
