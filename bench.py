@@ -298,7 +298,9 @@ def run_once(llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.R
     print(f"Total: {total}tok, Time: {elapsed_s:.2f}s, Throughput: {total / elapsed_s:.2f}tok/s")
     num_input = sum(map(len, prompts))
     print(f"Prompts: {num_input}tok, {num_input / elapsed_s:.2f}tok/s")
-    print(floor.report(elapsed_s), flush=True)
+    print(floor.report(elapsed_s))
+    stats = (f"{name} {round(value, 3)}" for name, value in llm.stats().items())
+    print(f"Stats so far: {', '.join(stats)}", flush=True)
 
 
 def main() -> None:

@@ -17,14 +17,10 @@ def main() -> None:
 
     llm = LLM(args.model)
     questions = ["introduce yourself", "list all prime numbers within 100"]
-    prompts = [
-        llm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        for question in questions
-    ]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0.6, max_tokens=256))
-    for prompt, output in zip(prompts, outputs, strict=True):
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    outputs = llm.chat(conversations, SamplingParams(temperature=0.6, max_tokens=256))
+    for output in outputs:
+        prompt = llm.tokenizer.decode(output["prompt_token_ids"])
         print(f"\nPrompt: {prompt!r}\nCompletion: {output['text']!r}")
 
 

@@ -24,6 +24,7 @@ import transformers
 from torch import Tensor, nn
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence
 
@@ -234,6 +235,44 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(kept), encoding="utf-8")
 
 
+# --- the trained checkpoint, shared ----------------------------------------------------------
+
+
+def is_idle(llm: LLM) -> bool:
+    """No request is known, and every block is free."""
+    scheduler = llm.scheduler
+    is_empty = not scheduler.has_unfinished and scheduler.block_manager.num_used_blocks == 0
+    return llm.is_finished() and is_empty
+
+
+def ask(llm: LLM, question: str) -> list[int]:
+    """The prompt that asks the trained checkpoint a question."""
+    text: str = llm.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    token_ids: list[int] = llm.tokenizer.encode(text)
+    return token_ids
+
+
+@pytest.fixture(scope="session")
+def shared_trained_llm() -> Iterator[LLM]:
+    with LLM(
+        str(TINY), device="cpu", max_model_len=128, max_num_seqs=3, kvcache_block_size=16
+    ) as llm:
+        yield llm
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
+def trained_llm(
+    shared_trained_llm: LLM, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LLM]:
+    """An engine of the trained checkpoint; idle before and after, with no prefix known."""
+    monkeypatch.setattr(ModelRunner, "runs_ahead", request.param)
+    shared_trained_llm.scheduler.start_over([])
+    yield shared_trained_llm
+    assert is_idle(shared_trained_llm)
+
+
 # --- the engine, watched ---------------------------------------------------------------------
 
 
@@ -281,7 +320,7 @@ def watched(model: Path, **options: Any) -> Iterator[tuple[LLM, Spy]]:
         yield llm, Spy(llm)
 
 
-def greedy(max_tokens: int = 64, ignore_eos: bool = True) -> SamplingParams:
+def greedy(max_tokens: int | None = 64, ignore_eos: bool = True) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos)
 
 

@@ -31,6 +31,9 @@ def test_bench_prints_throughput_and_share_of_the_floor(
     printed = capsys.readouterr().out
     assert len(re.findall(r"Total: 32tok, Time: [\d.]+s, Throughput: [\d.]+tok/s", printed)) == 3
     assert len(re.findall(r"7 decode steps, 1 prefill steps.*reached: [\d.]+%", printed)) == 3
+    # Before the first run, a prompt of 20 tokens was completed up to 64.
+    assert re.findall(r"num_generated_tokens (\d+)", printed) == ["76", "108", "140"]
+    assert len(re.findall(r"Stats so far: num_waiting 0, .*prefix_hit_rate 0\.\d+, ", printed)) == 3
     assert re.search(r"linear layers +[\d.]+s +\d+ calls", printed)
 
 

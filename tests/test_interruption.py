@@ -22,8 +22,17 @@ from conftest import Tally
 from tqdm import tqdm
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import block_manager, llm_engine, model_runner, scheduler, sequence
+from nanovllm.engine import (
+    block_manager,
+    detokenizer,
+    llm_engine,
+    model_runner,
+    scheduler,
+    sequence,
+    streaming,
+)
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import Launched, ModelRunner
 from nanovllm.engine.scheduler import Scheduler
@@ -40,8 +49,8 @@ def make_prompt(seed: int, num_tokens: int) -> list[int]:
     return [rng.randrange(VOCAB_SIZE) for _ in range(num_tokens)]
 
 
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens)
+def greedy(max_tokens: int, logprobs: int | None = None) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=logprobs)
 
 
 # Prompts in chunks, a shared block, growth into new blocks and, with so small a pool, preemption.
@@ -49,12 +58,12 @@ COMMON = make_prompt(0, 16)
 OWN = [make_prompt(1, 15), make_prompt(2, 15), COMMON + make_prompt(3, 14), [5]]
 OWN_PARAMS = [
     greedy(19),
-    greedy(19),
+    greedy(19, logprobs=2),
     greedy(3),
     SamplingParams(temperature=1.0, max_tokens=3, ignore_eos=True),  # its tokens are not compared
 ]
 OTHERS = [COMMON + make_prompt(4, 2), make_prompt(5, 29), make_prompt(6, 3)]
-OTHER_PARAMS = [greedy(4), greedy(5), greedy(3)]
+OTHER_PARAMS = [greedy(4), greedy(5, logprobs=0), greedy(3, logprobs=1)]
 
 
 class Expected(NamedTuple):
@@ -142,7 +151,17 @@ def llm(
 
 
 def generate(llm: LLMEngine, prompts: Completions, params: list[SamplingParams]) -> Completions:
-    return [out["token_ids"] for out in llm.generate(prompts, params, use_tqdm=False)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for output in outputs:
+        assert_aligned(output["token_ids"], output.get("logprobs"))
+    return [output["token_ids"] for output in outputs]
+
+
+def assert_aligned(completion: list[int], logprobs: list[dict[int, float]] | None) -> None:
+    """Each token has its log-probabilities, its own first; greedy, so that it is the largest."""
+    for token, found in zip(completion, logprobs or (), strict=logprobs is not None):
+        assert next(iter(found)) == token
+        assert found[token] == max(found.values())
 
 
 def add_all(llm: LLM, prompts: Completions, params: list[SamplingParams]) -> list[int]:
@@ -164,6 +183,7 @@ def finish(
         may_be_left: other requests that may end here too.
     """
     results: dict[int, list[int]] = {}
+    seqs = llm._requests | {seq.seq_id: seq for seq in llm._finished}
     for _ in range(200):
         try:
             if llm.is_finished():
@@ -175,6 +195,8 @@ def finish(
             pass
     assert llm._in_flight is None
     assert set(seq_ids) <= results.keys() <= {*seq_ids, *may_be_left}
+    for seq_id, completion in results.items():
+        assert_aligned(completion, seqs[seq_id].logprobs)
     return [results[seq_id] for seq_id in seq_ids]
 
 
@@ -463,7 +485,7 @@ def test_ctrl_c_anywhere_in_a_step_in_which_requests_end_loses_none(
     llm: LLM, expected: Expected, tally: Tally
 ) -> None:
     for k in count(1):
-        seq_ids = add_all(llm, OTHERS, [greedy(1)] * 3)
+        seq_ids = add_all(llm, OTHERS, [greedy(1, logprobs=1)] * 3)
         with interrupt_at(k, *BOOKKEEPING) as seen:
             completions = finish(llm, seq_ids, KeyboardInterrupt)
         assert completions == [ids[:1] for ids in expected.others]
@@ -545,4 +567,103 @@ def test_a_second_ctrl_c_while_generate_cleans_up_corrupts_nothing(
             break
         tally.count("interruption: Ctrl-C in the clean-up of generate")
     assert k > 10
+    assert_works(llm, expected)
+
+
+# --- streams and stop texts ------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer that writes id 5 as "w5 "; prompts are ids."""
+
+    all_special_ids: tuple[int, ...] = ()
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(f"w{token_id} " for token_id in token_ids)
+
+
+@pytest.fixture
+def stopping(llm: LLM, expected: Expected) -> list[SamplingParams]:
+    """Parameters for OWN, of which the first two end by a text that two tokens make."""
+    llm.tokenizer = Words()
+    texts = [f"{a} w{b}" for a, b in (ids[8:10] for ids in expected.own[:2])]
+    return [
+        *(SamplingParams(temperature=0.0, max_tokens=19, stop=text) for text in texts),
+        *OWN_PARAMS[2:],
+    ]
+
+
+def stopped(expected: Expected) -> Completions:
+    return [ids[:10] for ids in expected.own[:2]] + expected.own[2:]
+
+
+def streamed(llm: LLM, params: list[SamplingParams]) -> Completions:
+    completions: Completions = [[] for _ in OWN]
+    for piece in llm.stream(OWN, params):
+        completions[piece["index"]] += piece["token_ids"]
+    return completions
+
+
+STREAM_PARTS = [*PARTS[2:], (Detokenizer, "update")]
+STREAM_FILES = [str(m.__file__) for m in (llm_engine, scheduler, detokenizer, streaming)]
+
+
+@pytest.mark.parametrize(("owner", "name"), STREAM_PARTS, ids=[*PART_NAMES[2:], "Detokenizer"])
+def test_an_exception_in_a_stream_leaves_no_trace_and_others_survive(
+    llm: LLM,
+    stopping: list[SamplingParams],
+    expected: Expected,
+    owner: Any,
+    name: str,
+    tally: Tally,
+) -> None:
+    def action(k: int, after: bool = False) -> Counter[str]:
+        forget_prefixes(llm)
+        seq_ids = add_all(llm, OTHERS, OTHER_PARAMS)
+        with fault_at_call(owner, name, k, after) as seen, contextlib.suppress(Fault):
+            assert streamed(llm, stopping)[:-1] == stopped(expected)
+        assert finish(llm, seq_ids) == expected.others
+        return seen
+
+    for index, k in enumerate(random_places(action, "calls", 2, seed=name)):
+        assert action(k, after=index % 2 == 0)["faults"] == 1
+        tally.count("interruption: exceptions in a stream")
+        assert_no_trace(llm)
+    assert_works(llm, expected)
+
+
+@pytest.mark.parametrize("file", STREAM_FILES, ids=[Path(file).stem for file in STREAM_FILES])
+def test_ctrl_c_in_a_stream_leaves_no_trace_and_others_survive(
+    llm: LLM, stopping: list[SamplingParams], expected: Expected, file: str, tally: Tally
+) -> None:
+    def action(k: int) -> Counter[str]:
+        forget_prefixes(llm)
+        seq_ids = add_all(llm, OTHERS, OTHER_PARAMS)
+        with interrupt_at(k, file) as seen, contextlib.suppress(KeyboardInterrupt):
+            assert streamed(llm, stopping)[:-1] == stopped(expected)
+        assert finish(llm, seq_ids) == expected.others
+        return seen
+
+    for k in random_places(action, "places", 6, seed=Path(file).name):
+        assert action(k)["interrupts"] == 1
+        tally.count("interruption: Ctrl-C in a stream")
+        assert_no_trace(llm)
+    assert_works(llm, expected)
+
+
+@pytest.mark.parametrize("file", [FILES[1], STREAM_FILES[2]], ids=["scheduler", "detokenizer"])
+def test_stop_texts_are_found_in_a_loop_that_goes_on_after_ctrl_c(
+    llm: LLM, stopping: list[SamplingParams], expected: Expected, file: str, tally: Tally
+) -> None:
+    def action(k: int) -> Counter[str]:
+        forget_prefixes(llm)
+        seq_ids = add_all(llm, OWN, stopping)
+        with interrupt_at(k, file) as seen:
+            assert finish(llm, seq_ids, KeyboardInterrupt)[:-1] == stopped(expected)
+        return seen
+
+    for k in random_places(action, "places", 8, seed=Path(file).name):
+        assert action(k)["interrupts"] == 1
+        tally.count("interruption: Ctrl-C in step with stop texts")
+        assert_no_trace(llm)
     assert_works(llm, expected)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.embed_head import resolve_and_embed
+from nanovllm.layers.filters import Filters, kept_threshold
 from nanovllm.layers.layernorm import add_rms_norm, rms_norm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.sampler import sample
@@ -348,6 +349,115 @@ def test_sample_at_the_extremes() -> None:
     assert ids[3:] == [99, 99]
 
 
+def random_filters(num_seqs: int, vocab_size: int) -> Filters:
+    """Every combination of the three, within eight rows."""
+    rows = torch.arange(num_seqs, device=DEVICE)
+    top_ks = torch.randint(1, min(60, vocab_size), (num_seqs,), device=DEVICE).int()
+    top_ks[::16] = vocab_size // 2
+    top_ps = torch.rand(num_seqs, device=DEVICE).clamp(min=1e-3)
+    min_ps = 0.2 * torch.rand(num_seqs, device=DEVICE)
+    return Filters(
+        top_ks.where(rows % 2 == 0, 0),
+        top_ps.where(rows // 2 % 2 == 0, 1.0),
+        min_ps.where(rows // 4 % 2 == 0, 0.0),
+    )
+
+
+def mass_at_odds(logits: Tensor, temperatures: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The probability, float64 [num_seqs], of the tokens which one threshold keeps, one leaves."""
+    values, first, second = logits.double(), first[:, None], second[:, None]
+    probabilities = (values / temperatures[:, None]).softmax(dim=-1)
+    return (probabilities * ((values >= first) != (values >= second))).sum(dim=-1)
+
+
+@runs_kernels
+@dtypes
+@pytest.mark.parametrize("vocab_size", [7, 307, 50_000, 151_936] if CUDA else [7, 9000])
+def test_kept_threshold_equals_its_twin(vocab_size: int, dtype: torch.dtype) -> None:
+    """The same tokens, but for one at the border of top_p that rounding put on either side."""
+    from nanovllm.kernels import filters
+
+    torch.manual_seed(0)
+    num_seqs = 64 if CUDA else 16
+    logits = 3 * randn(num_seqs, vocab_size, dtype=dtype)
+    temperatures = 0.3 + 1.5 * torch.rand(num_seqs, device=DEVICE)
+    temperatures[5] = 0
+    asked = random_filters(num_seqs, vocab_size)
+    thresholds = filters.kept_threshold(logits, temperatures, *asked)
+    expected = kept_threshold(logits, temperatures, *asked)
+    is_plain = (expected == -math.inf).tolist()
+    assert is_plain == [row % 8 == 7 or row == 5 for row in range(num_seqs)]
+    exact = (asked.top_ps == 1) & (asked.min_ps == 0)
+    assert torch.equal(thresholds[exact], expected[exact])
+    temperatures[5] = 1
+    assert (mass_at_odds(logits, temperatures, thresholds, expected) < 1e-4).all()
+
+
+@runs_kernels
+@dtypes
+def test_kept_threshold_tells_neighbouring_floats_apart(dtype: torch.dtype) -> None:
+    """Of floats with none between them, all as likely, row n keeps n + 1."""
+    from nanovllm.kernels import filters
+
+    size = 99 if CUDA else 9
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    one = torch.ones((), dtype=dtype, device=DEVICE).view(bits)
+    ladder = -(one + torch.arange(size, device=DEVICE) - size // 2).to(bits).view(dtype)
+    logits = ladder[torch.randperm(size)].expand(size, -1)
+    numbers, ones = torch.arange(size, device=DEVICE), torch.ones(size, device=DEVICE)
+    for top_ks, top_ps in (
+        (numbers + 1, ones),
+        (0 * numbers, (numbers + 0.5) / size),
+        (numbers + 1, 0.9999 * ones),
+    ):
+        thresholds = filters.kept_threshold(logits, 1e6 * ones, top_ks.int(), top_ps, 0 * ones)
+        assert torch.equal((logits >= thresholds[:, None]).sum(dim=-1), numbers + 1)
+
+
+@runs_kernels
+def test_kept_threshold_at_the_extremes() -> None:
+    from nanovllm.kernels import filters
+
+    logits = randn(9, 3000)
+    logits[0] = -math.inf
+    logits[1] = math.nan
+    logits[2, ::2] = math.nan
+    logits[3, 5:] = -math.inf
+    logits[4, 7] = math.inf
+    logits[5] = 1.5  # all tied
+    logits[6] = 3e38 * logits[6] / logits[6].abs().max()
+    logits[8, 2000:] = -math.inf
+    temperatures = torch.tensor([1, 1, 1, 1e-44, 1, 1, 1e30, 1e-38, math.inf], device=DEVICE)
+    for asked in ((10, 1.0, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.3), (2900, 0.9999, 1e-30)):
+        top_k, top_p, min_p = (torch.full((9,), value, device=DEVICE) for value in asked)
+        arguments = logits, temperatures, top_k.int(), top_p, min_p
+        thresholds, expected = filters.kept_threshold(*arguments), kept_threshold(*arguments)
+        likely = logits > -math.inf
+        kept, twins = (
+            (likely & (logits >= x[:, None])).sum(dim=-1) for x in (thresholds, expected)
+        )
+        assert ((kept - twins).abs() <= 2).all(), (asked, kept, twins)
+
+
+@runs_kernels
+@dtypes
+def test_sample_leaves_out_what_lies_below_the_threshold(dtype: torch.dtype) -> None:
+    from nanovllm.kernels import sampler
+
+    logits = randn(8, 3000, dtype=dtype)
+    temperatures = torch.linspace(0, 2, 8, device=DEVICE)
+    numbers = torch.arange(8, device=DEVICE)
+    thresholds = logits.float().topk(4).values.amin(dim=-1)
+    thresholds[3] = -math.inf
+    ids = sampler.sample(logits, temperatures, numbers, numbers, thresholds)
+    assert torch.equal(ids, sample(logits, temperatures, numbers, numbers, thresholds))
+    drawn = logits.gather(1, ids[:, None])[:, 0].float()
+    assert (drawn >= thresholds).all()
+    plain = sampler.sample(logits, temperatures, numbers, numbers)
+    assert ids[3] == plain[3]
+    assert not torch.equal(ids, plain)
+
+
 @pytest.mark.parametrize("varies", ["seed", "position"])
 def test_sampled_ids_are_distributed_as_the_softmax(varies: str) -> None:
     """Of the twin, which the kernel equals: frequencies within five standard deviations."""
@@ -427,7 +537,7 @@ LAUNCHES += [(sm, name) for sm in SHARED_BYTES for name in ("decode", "prefill",
 
 def launch(name: str, shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the launches of one kind, on tensors that no kernel will touch."""
-    from nanovllm.kernels import attention, embedding, fused, gemv, sampler, small_linear
+    from nanovllm.kernels import attention, embedding, filters, fused, gemv, sampler, small_linear
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=dtype)
@@ -456,7 +566,10 @@ def launch(name: str, shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Non
         fused.qk_norm_rope_store(
             x, weight, weight, EPS, cos_sin, longs, cache, cache, lens, 16, 8, write_key=True
         )
-        sampler.sample(empty(4, 151_936), empty(4, dtype=torch.float32), longs, longs)
+        logits, floats = empty(4, 151_936), empty(4, dtype=torch.float32)
+        sampler.sample(logits, floats, longs, longs)
+        sampler.sample(logits, floats, longs, longs, floats)
+        filters.kept_threshold(logits, floats, lens, floats, floats)
     else:
         x = empty(2, 4096)
         gemv.rms_norm_gate_up(x, x[0], EPS, empty(24576, 4096))

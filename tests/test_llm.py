@@ -22,6 +22,7 @@ from conftest import (
     completions,
     edit_json,
     greedy,
+    is_idle,
     random_prompts,
     save_tokenizer,
 )
@@ -54,13 +55,6 @@ def llm(shared_llm: LLM) -> Iterator[LLM]:
     assert is_idle(shared_llm)
 
 
-def is_idle(llm: LLM) -> bool:
-    """No request is known, and every block is free."""
-    scheduler = llm.scheduler
-    is_empty = not scheduler.has_unfinished and scheduler.block_manager.num_used_blocks == 0
-    return llm.is_finished() and is_empty
-
-
 def run_to_end(llm: LLM) -> dict[int, list[int]]:
     """Step until all is done; the completions by request id."""
     results: dict[int, list[int]] = {}
@@ -75,12 +69,20 @@ def run_to_end(llm: LLM) -> dict[int, list[int]]:
 # --- prompts and results ---------------------------------------------------------------------
 
 
-def test_a_result_has_text_token_ids_and_finish_reason(llm: LLM) -> None:
+def test_a_result_has_the_prompt_the_completion_and_how_it_ended(llm: LLM) -> None:
     [output] = llm.generate(["w5 w6 w7"], greedy(5), use_tqdm=False)
-    assert output.keys() == {"text", "token_ids", "finish_reason"}
+    assert output.keys() == {
+        "text",
+        "token_ids",
+        "finish_reason",
+        "stop_reason",
+        "prompt_token_ids",
+        "num_cached_tokens",
+    }
+    assert (output["prompt_token_ids"], output["num_cached_tokens"]) == ([5, 6, 7], 0)
     assert [type(token) for token in output["token_ids"]] == [int] * 5
     assert output["text"] == " ".join(f"w{token}" for token in output["token_ids"] if token)
-    assert output["finish_reason"] == "length"
+    assert (output["finish_reason"], output["stop_reason"]) == ("length", None)
 
 
 def test_texts_and_token_ids_are_prompts_of_equal_right(llm: LLM) -> None:
@@ -464,15 +466,20 @@ def test_the_result_of_a_finished_request_can_still_be_aborted(llm: LLM) -> None
 # --- the end of an engine, and several of them -----------------------------------------------
 
 
-USES: list[Callable[[LLM], Any]] = [
-    lambda llm: llm.generate([[1]], use_tqdm=False),
-    lambda llm: llm.generate("w1"),
-    lambda llm: llm.add_request([1]),
-    lambda llm: llm.step(),
-]
+USES: dict[str, Callable[[LLM], Any]] = {
+    "generate ids": lambda llm: llm.generate([[1]], use_tqdm=False),
+    "generate text": lambda llm: llm.generate("w1"),
+    "generate nothing": lambda llm: llm.generate([]),
+    "stream": lambda llm: llm.stream([[1]]),
+    "chat": lambda llm: llm.chat([{"role": "user", "content": "w1"}]),
+    "add_request": lambda llm: llm.add_request([1]),
+    "abort_request": lambda llm: llm.abort_request(1),
+    "step": lambda llm: llm.step(),
+    "stats": lambda llm: llm.stats(),
+}
 
 
-@pytest.mark.parametrize("use", USES, ids=["generate ids", "generate text", "add_request", "step"])
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_an_engine_that_was_shut_down_says_so(use: Callable[[LLM], Any], text_model: Path) -> None:
     llm = LLM(str(text_model), **OPTIONS)
     llm.exit()

@@ -1,5 +1,6 @@
 """What the repository promises: commands that work, one version, lint and types."""
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -35,6 +36,29 @@ def test_readme_names_every_option_and_default() -> None:
             default = field.default if isinstance(field.default, str) else f"{field.default}"
             row = rf"\| `{field.name}` \| `?{re.escape(default)}`? \|"
             assert re.search(row, readme), f"{field.name} = {default}"
+
+
+def test_readme_names_every_method_with_its_arguments() -> None:
+    from nanovllm import LLM
+
+    readme = (ROOT / "README.md").read_text()
+    for name, method in inspect.getmembers(LLM, inspect.isfunction):
+        if not name.startswith("_"):
+            _, *parameters = inspect.signature(method).parameters.values()
+            arguments = ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
+            assert f"| `{name}({arguments})` |" in readme, f"{name}({arguments})"
+
+
+def test_readme_names_every_field_of_results_and_statistics(tiny_model: Path) -> None:
+    from nanovllm import LLM, SamplingParams
+
+    readme = (ROOT / "README.md").read_text()
+    params = SamplingParams(max_tokens=1, logprobs=0)
+    with LLM(str(tiny_model), device="cpu", max_model_len=32) as llm:
+        [result] = llm.generate([5], params, use_tqdm=False)
+        [piece] = llm.stream([5], params)
+        for name in [*result, *piece, *llm.stats()]:
+            assert f"`{name}`" in readme, name
 
 
 def test_lint_and_format() -> None:

@@ -1,10 +1,9 @@
 """LLMEngine: the request queue and the loop schedule -> run -> postprocess -> decode."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from operator import index
 from time import perf_counter
 from typing import Any
 
@@ -12,12 +11,22 @@ from tqdm import tqdm
 
 from nanovllm.config import Config, as_token_ids, read_json
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.detokenizer import Detokenizer, find_hidden_ids
+from nanovllm.engine.inputs import (
+    Conversation,
+    Prompt,
+    as_conversations,
+    as_ids,
+    as_params_list,
+    as_prompt_list,
+    encode,
+    render_chat,
+)
 from nanovllm.engine.model_runner import Launched, ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.streaming import StreamedSequence
 from nanovllm.sampling_params import SamplingParams
-
-Prompt = str | ListLike[int]
 
 
 class LLMEngine:
@@ -44,6 +53,7 @@ class LLMEngine:
             self.model_runner.free()
             raise
         self.stop_ids = self._find_stop_ids()
+        self._hidden_ids = find_hidden_ids(self.tokenizer)
         self.scheduler = Scheduler(
             config,
             BlockManager(self.model_runner.num_blocks, config.kvcache_block_size),
@@ -53,6 +63,8 @@ class LLMEngine:
         self._finished: list[Sequence] = []  # not reported yet
         self._in_flight: Launched | None = None  # a step whose ids have not been read
         self._is_consistent = True  # False while the queues and blocks are being changed
+        self._is_changing = False  # likewise, but true no more once the change has broken off
+        self._dropped: set[int] = set()  # requests of streams that were dropped within a change
 
     def __enter__(self) -> "LLMEngine":
         return self
@@ -83,7 +95,15 @@ class LLMEngine:
         return seq.seq_id
 
     def abort_request(self, seq_id: int) -> None:
-        """End a request in any state and free its blocks; an unknown id is ignored."""
+        """End a request in any state and free its blocks; an unknown id is ignored.
+
+        Raises:
+            TypeError: `seq_id` is no int.
+            RuntimeError: the engine was shut down.
+        """
+        self._runner()
+        if not isinstance(seq_id, int):
+            raise TypeError(f"seq_id must be an int, got {seq_id!r:.80}")
         self._abort({seq_id})
 
     def is_finished(self) -> bool:
@@ -118,16 +138,21 @@ class LLMEngine:
             use_tqdm: show the prompts done and the prefill and decode speed.
 
         Returns:
-            For each prompt, in order: "text", "token_ids" (the stop id included) and
-            "finish_reason" ("stop" or "length").
+            For each prompt, in order:
+            "text": up to the stop text, if one ended it;
+            "token_ids": the stop id, or the token that completed the stop text, included;
+            "finish_reason": "stop" or "length";
+            "stop_reason": the stop text, or the id of `stop_token_ids`, that ended it, else None;
+            "prompt_token_ids";
+            "num_cached_tokens": tokens of the prompt found in the prefix cache;
+            "logprobs", where asked for: for each token a dict from id to log-probability, its own
+            first, then the likeliest.
 
         Raises:
             TypeError, ValueError: a bad prompt, or lists of different lengths; nothing is queued.
+            RuntimeError: the engine was shut down.
         """
-        self._runner()
-        prompts = _as_prompt_list(prompts)
-        params = _as_params_list(sampling_params, len(prompts))
-        seqs = [self._make_sequence(*pair) for pair in zip(prompts, params, strict=True)]
+        seqs = self._make_sequences(prompts, sampling_params)
         try:
             for seq in seqs:
                 self._enqueue(seq)
@@ -136,6 +161,97 @@ class LLMEngine:
             self._abort({seq.seq_id for seq in seqs})
             raise
         return [self._result(seq) for seq in seqs]
+
+    def chat(
+        self,
+        messages: Conversation | ListLike[Conversation],
+        sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[dict[str, Any]]:
+        """Complete conversations, each written out by the tokenizer's chat template.
+
+        Args:
+            messages: dicts with "role" and "content", or a list of such conversations.
+            sampling_params: one for all conversations, or one for each.
+            use_tqdm: as in `generate`.
+            **template_options: given to the template: add_generation_prompt (True unless given),
+                enable_thinking, tools, chat_template and what else it knows.
+
+        Returns:
+            What `generate` gives.
+
+        Raises:
+            TypeError, ValueError: no tokenizer, no chat template, a malformed conversation, or what
+                `generate` refuses; nothing is queued.
+            RuntimeError: the engine was shut down.
+        """
+        self._runner()
+        if self.tokenizer is None:
+            raise ValueError(f"{self.config.model_dir} has no tokenizer, which chat() needs")
+        if "tokenize" in template_options:
+            raise TypeError("chat() takes any template option but tokenize, which it sets itself")
+        if not (self.tokenizer.chat_template or template_options.get("chat_template")):
+            raise ValueError(
+                f"the tokenizer of {self.config.model_dir} has no chat template: "
+                "give one as chat_template=..."
+            )
+        prompts = [
+            render_chat(self.tokenizer, conversation, template_options)
+            for conversation in as_conversations(messages)
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def stream(
+        self,
+        prompts: Prompt | ListLike[Prompt],
+        sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Complete prompts, giving the tokens as they come.
+
+        Nothing is queued before the first result is asked for. When the iterator is closed, dropped
+        or left by an exception, its requests are aborted. In between, the engine may be used for
+        anything else.
+
+        Args:
+            prompts: as in `generate`.
+            sampling_params: as in `generate`.
+
+        Returns:
+            An iterator of dicts: "index" of the prompt, "text" and "token_ids" that are new,
+            "finish_reason" and "stop_reason" (None but in a prompt's last dict), and "logprobs" of
+            the new tokens where asked for. Joined, they are what `generate` gives. Text that may
+            yet become another character, or part of a stop text, comes later than its tokens.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: at the call, what `generate` raises.
+        """
+        return self._stream(self._make_sequences(prompts, sampling_params, is_streamed=True))
+
+    def stats(self) -> dict[str, int | float]:
+        """What the engine holds now, and counts since it was made.
+
+        Returns:
+            "num_waiting" and "num_running" requests, "num_free_blocks" and "num_used_blocks" of the
+            KV pool; and so far: "num_prompt_tokens" whose prefill began, "prefix_hit_rate" (the
+            share of them found in the prefix cache, 0 to 1), "num_generated_tokens",
+            "num_preemptions".
+
+        Raises:
+            RuntimeError: the engine was shut down.
+        """
+        self._runner()
+        scheduler = self.scheduler
+        return {
+            "num_waiting": len(scheduler.waiting),
+            "num_running": len(scheduler.running),
+            "num_free_blocks": scheduler.block_manager.num_free_blocks,
+            "num_used_blocks": scheduler.block_manager.num_used_blocks,
+            "prefix_hit_rate": scheduler.num_cached_tokens / max(1, scheduler.num_prompt_tokens),
+            "num_preemptions": scheduler.num_preemptions,
+            "num_prompt_tokens": scheduler.num_prompt_tokens,
+            "num_generated_tokens": scheduler.num_generated_tokens,
+        }
 
     def _run_until_finished(self, seqs: list[Sequence], use_tqdm: bool) -> None:
         """Step until all of `seqs` are finished; what else finishes is left to be reported."""
@@ -155,17 +271,48 @@ class LLMEngine:
                     own -= done
                     progress.update(len(done))
 
+    def _stream(self, seqs: list[Sequence]) -> Iterator[dict[str, Any]]:
+        """Queue sequences, step until they are finished, and give what is new after each step."""
+        try:
+            for seq in seqs:
+                self._enqueue(seq)
+            streams = [StreamedSequence(index, seq) for index, seq in enumerate(seqs)]
+            while streams:
+                for stream in streams:
+                    if stream.has_news:
+                        yield stream.take_news()
+                # While the caller held a result, any of them may have come to its end.
+                streams = [stream for stream in streams if not stream.is_told_the_end]
+                if streams:
+                    self._step()
+                streams = [s for s in streams if s.has_news or s.seq.seq_id in self._requests]
+        finally:
+            self._drop({seq.seq_id for seq in seqs})
+
+    def _drop(self, seq_ids: set[int]) -> None:
+        """Abort requests now, or if that cannot be, with the next step.
+
+        The garbage collector may close a forgotten stream in the middle of a step.
+        """
+        if self._is_changing:
+            self._dropped |= seq_ids
+        else:
+            self._abort(seq_ids)
+
     def _step(self) -> int:
         """One turn of the loop; gives its tokens as `step` does, and adds to `_finished`."""
         runner = self._runner()
+        if self._dropped:
+            seq_ids, self._dropped = self._dropped, set()
+            self._abort(seq_ids)
         if not self._is_consistent:
             self._recover()
         with self._changing():
             step = self._launch_ahead(runner) if runner.runs_ahead else self._launch(runner)
             if step is None:
                 return 0
-            finished = self.scheduler.postprocess(step.batch, step.token_ids())
-            self._finished.extend(finished)
+            finished = self.scheduler.postprocess(step.batch, step.token_ids(), step.logprobs())
+            self._finished.extend(seq for seq in finished if not seq.is_streamed)
             for seq in finished:
                 del self._requests[seq.seq_id]
             self._drop_idle_step()
@@ -205,8 +352,12 @@ class LLMEngine:
     def _changing(self) -> Iterator[None]:
         """Around every change of queues and blocks: an exception within makes `_recover` due."""
         self._is_consistent = False
-        yield
-        self._is_consistent = True
+        self._is_changing = True
+        try:
+            yield
+            self._is_consistent = True
+        finally:
+            self._is_changing = False
 
     def _recover(self) -> None:
         """After a change that broke off halfway: start anew from the requests and their tokens."""
@@ -214,7 +365,8 @@ class LLMEngine:
         self._runner().synchronize()
         reported = {seq.seq_id for seq in self._finished}
         seqs = [seq for seq_id, seq in self._requests.items() if seq_id not in reported]
-        self._finished.extend(self.scheduler.start_over(seqs))
+        ended = self.scheduler.start_over(seqs)
+        self._finished.extend(seq for seq in ended if not seq.is_streamed)
         self._requests = {seq.seq_id: seq for seq in seqs if seq.finish_reason is None}
         self._is_consistent = True
 
@@ -223,34 +375,68 @@ class LLMEngine:
             raise RuntimeError("this engine was shut down by exit(); make a new one")
         return self.model_runner
 
-    def _make_sequence(self, prompt: Prompt, params: SamplingParams) -> Sequence:
-        """Check a prompt and its parameters, and make the request. Nothing is queued."""
+    def _make_sequences(
+        self,
+        prompts: Prompt | ListLike[Prompt],
+        sampling_params: SamplingParams | ListLike[SamplingParams] | None,
+        is_streamed: bool = False,
+    ) -> list[Sequence]:
+        """Check prompts and their parameters, and make the requests. Nothing is queued."""
+        self._runner()
+        prompts = as_prompt_list(prompts)
+        params = as_params_list(sampling_params, len(prompts))
+        pairs = zip(prompts, params, strict=True)
+        return [self._make_sequence(*pair, is_streamed) for pair in pairs]
+
+    def _make_sequence(
+        self, prompt: Prompt, params: SamplingParams, is_streamed: bool = False
+    ) -> Sequence:
         runner = self._runner()
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
+        self._check_params(params)
         token_ids = self._tokenize(prompt)
         limit = self.config.max_model_len - 1
         if not 1 <= len(token_ids) <= limit:
             raise ValueError(
                 f"a prompt must have 1 to {limit} tokens (max_model_len - 1), got {len(token_ids)}"
             )
+        self._check_vocabulary("token id", token_ids)
+        seed = runner.new_seed() if params.seed is None else params.seed
+        seq = Sequence(token_ids, params, self.config.max_model_len, seed)
+        seq.is_streamed = is_streamed
+        if params.stop or (is_streamed and self.tokenizer is not None):
+            seq.detokenizer = Detokenizer(
+                self.tokenizer, params, seq.num_prompt_tokens, self._hidden_ids
+            )
+        return seq
+
+    def _check_params(self, params: SamplingParams) -> None:
+        """What SamplingParams cannot check without a model."""
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(
+                f"{self.config.model_dir} has no tokenizer, which stop texts need: "
+                f"got stop={params.stop!r:.80}"
+            )
+        if params.stop_token_ids:
+            self._check_vocabulary("stop token id", params.stop_token_ids)
+
+    def _check_vocabulary(self, what: str, token_ids: ListLike[int]) -> None:
         vocab_size = self.config.model_config.vocab_size
         low, high = min(token_ids), max(token_ids)
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
-            raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {vocab_size - 1}")
-        return Sequence(token_ids, params, self.config.max_model_len, seed=runner.new_seed())
+            raise ValueError(f"{what} {bad} is outside the vocabulary, 0 to {vocab_size - 1}")
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"{self.config.model_dir} has no tokenizer: prompts must be token ids, "
-                    f"got {prompt!r:.80}"
-                )
-            token_ids: list[int] = self.tokenizer.encode(prompt)
-            return token_ids
-        return _as_ids(prompt)
+        if not isinstance(prompt, str):
+            return as_ids(prompt)
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.config.model_dir} has no tokenizer: prompts must be token ids, "
+                f"got {prompt!r:.80}"
+            )
+        return encode(self.tokenizer, prompt)
 
     def _enqueue(self, seq: Sequence) -> None:
         with self._changing():
@@ -258,11 +444,27 @@ class LLMEngine:
             self.scheduler.add(seq)
 
     def _result(self, seq: Sequence) -> dict[str, Any]:
-        token_ids = seq.completion_token_ids
-        text = ""
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return {"text": text, "token_ids": token_ids, "finish_reason": seq.finish_reason}
+        result: dict[str, Any] = {
+            "text": self._text(seq),
+            "token_ids": seq.completion_token_ids,
+            "finish_reason": seq.finish_reason,
+            "stop_reason": seq.stop_reason,
+            "prompt_token_ids": seq.token_ids[: seq.num_prompt_tokens],
+            "num_cached_tokens": seq.num_cached_tokens,
+        }
+        if seq.logprobs is not None:
+            result["logprobs"] = seq.logprobs
+        return result
+
+    def _text(self, seq: Sequence) -> str:
+        if seq.detokenizer is not None:
+            return seq.detokenizer.text
+        if self.tokenizer is None:
+            return ""
+        text: str = self.tokenizer.decode(
+            seq.completion_token_ids, skip_special_tokens=seq.params.skip_special_tokens
+        )
+        return text
 
     def _find_stop_ids(self) -> frozenset[int]:
         """The option `eos`, else the union of what tokenizer and configuration files name."""
@@ -292,47 +494,3 @@ def _load_tokenizer(config: Config) -> Any | None:
         return tokenizer_class.from_pretrained(config.model_dir)
     except Exception as error:  # whatever a broken file makes it raise
         raise ValueError(f"{config.model_dir}: the tokenizer cannot be loaded: {error}") from error
-
-
-def _as_ids(prompt: ListLike[int]) -> list[int]:
-    """A list of token ids as plain ints (numpy's are taken too)."""
-    if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, dict)):
-        raise TypeError(f"a prompt must be a str or a list of token ids, got {prompt!r:.80}")
-    ids = []
-    for token in prompt:
-        if isinstance(token, bool) or not _is_int_like(token):
-            raise TypeError(f"token ids must be ints, got {token!r:.80}")
-        ids.append(index(token))
-    return ids
-
-
-def _is_int_like(value: object) -> bool:
-    """Whether a value is an int, or one of numpy's; arrays and tensors may be prompts."""
-    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
-
-
-def _as_prompt_list(prompts: Prompt | ListLike[Prompt]) -> list[Prompt]:
-    """One prompt as a list of one; a list of prompts as it is."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, dict)):
-        raise TypeError(f"prompts must be texts or lists of token ids, got {prompts!r:.80}")
-    entries: list[Any] = list(prompts)
-    is_one_prompt = bool(entries) and all(_is_int_like(entry) for entry in entries)
-    return [entries] if is_one_prompt else entries
-
-
-def _as_params_list(
-    params: SamplingParams | ListLike[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    """One SamplingParams for each prompt."""
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * num_prompts
-    if not isinstance(params, Iterable):
-        raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {params!r}")
-    params = list(params)
-    if len(params) != num_prompts:
-        raise ValueError(f"{num_prompts} prompts, but {len(params)} sampling_params")
-    return params

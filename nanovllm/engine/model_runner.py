@@ -17,22 +17,30 @@ from nanovllm.config import Config, check_pool_size
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
 from nanovllm.layers.attention import BACKENDS, Attention, select_backend
 from nanovllm.layers.embed_head import resolve_and_embed
+from nanovllm.layers.filters import Filters, kept_threshold
+from nanovllm.layers.logprobs import token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
 from nanovllm.utils.context import Context
 from nanovllm.utils.decode_graphs import DecodeGraphs, DecodeRow, StepInputs, StepTensors
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
+from nanovllm.utils.outputs import HostOutputs, TokenLogprobs
 
 logger = logging.getLogger("nanovllm")
 
 
 class Launched(NamedTuple):
-    """A step on its way: `ids`, int64 [num_sampled], are on the host once `done` has come."""
+    """A step on its way: its tensors are on the host once `done` has come.
+
+    ids: int64 [num_sampled]. token_logprobs: None if no item asks for any.
+    """
 
     batch: Batch
     ids: Tensor
     done: torch.cuda.Event | None
+    token_logprobs: TokenLogprobs | None = None
 
     def token_ids(self) -> list[int]:
         """Wait for the step: the sampled id of each item that samples, in order."""
@@ -40,6 +48,17 @@ class Launched(NamedTuple):
             self.done.synchronize()
         ids: list[int] = self.ids.tolist()
         return ids
+
+    def logprobs(self) -> list[dict[int, float] | None] | None:
+        """Likewise the log-probabilities by token id: the sampled one first, then the likeliest.
+
+        None for an item that does not ask for them, and altogether if none does.
+        """
+        if self.token_logprobs is None:
+            return None
+        if self.done is not None:
+            self.done.synchronize()
+        return self.token_logprobs.by_row(len(self.ids))
 
 
 class ModelRunner:
@@ -119,7 +138,7 @@ class ModelRunner:
             else:
                 self._launch_decode(batch.items)
             self._sampled_rows = {item.seq.seq_id: row for row, item in enumerate(sampling)}
-            return self._read_later(batch, len(sampling))
+            return self._read_later(batch, sampling)
 
     def new_seed(self) -> int:
         """A seed for a request; torch.manual_seed makes them repeatable."""
@@ -133,7 +152,7 @@ class ModelRunner:
     def free(self) -> None:
         """Give the memory back. The runner is of no use afterwards."""
         self.synchronize()
-        for name in ("model", "kv_cache", "graphs", "sampled", "decode_workspace"):
+        for name in ("model", "kv_cache", "graphs", "sampled", "logits", "decode_workspace"):
             self.__dict__.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
@@ -157,22 +176,28 @@ class ModelRunner:
         return model.eval()
 
     def _allocate_step_memory(self) -> None:
-        """What steps are given from outside the model: sampled ids, and the kernels' scratch."""
+        """What steps are given from outside the model.
+
+        Logits and sampled ids have one place for all graphs, so that what a replay has left there
+        can be read; and the kernels their scratch.
+        """
         size, model = self.config.max_num_seqs, self.config.model_config
         on_cuda = self.device.type == "cuda"
         self.sampled = torch.zeros(size, dtype=torch.int64, device=self.device)
-        self.host_ids = [
-            torch.zeros(size, dtype=torch.int64, device="cpu", pin_memory=on_cuda) for _ in range(2)
-        ]
+        self.logits = torch.empty(size, model.vocab_size, dtype=self.dtype, device=self.device)
+        self.host_outputs = [HostOutputs(size, 1 + MAX_LOGPROBS, on_cuda) for _ in range(2)]
         self.embed, self.sample, self.decode_workspace = resolve_and_embed, sample, None
+        self.kept_threshold = kept_threshold
         if kernels.usable(self.device):
             from nanovllm.kernels.attention import decode_workspace
             from nanovllm.kernels.embedding import resolve_and_embed as embed_kernel
+            from nanovllm.kernels.filters import kept_threshold as threshold_kernel
             from nanovllm.kernels.sampler import sample as sample_kernel
             from nanovllm.kernels.sampler import sample_workspace
 
             workspace = sample_workspace(size, self.device)
             self.embed, self.sample = embed_kernel, partial(sample_kernel, workspace=workspace)
+            self.kept_threshold = threshold_kernel
             self.decode_workspace = decode_workspace(
                 size, model.num_heads, model.num_kv_heads, model.head_dim, self.device
             )
@@ -260,10 +285,13 @@ class ModelRunner:
             width = -(-max(lengths) // self.block_size)
             context.block_tables = self._to_device([[0] * width] * len(lengths), torch.int32)
         zeros = self._to_device([0] * sum(lengths), torch.int64)
-        context.logit_rows = zeros[: len(lengths)]
-        logits = self.model(zeros, zeros, context)
         rows = zeros[: len(lengths)]
-        self.sample(logits, torch.ones_like(rows, dtype=torch.float32), rows, rows)
+        context.logit_rows = rows
+        logits = self.model(zeros, zeros, context, out=self.logits[: len(rows)])
+        halves = torch.full_like(rows, 0.5, dtype=torch.float32)
+        for filters in (None, Filters(torch.ones_like(rows, dtype=torch.int32), halves, halves)):
+            self._sample(logits, halves, rows, rows, filters)
+        token_logprobs(logits, self.sampled, rows, min(MAX_LOGPROBS, logits.size(1)))
 
     # --- CUDA graphs
 
@@ -296,9 +324,23 @@ class ModelRunner:
         x, positions = self.embed(
             inputs.sources, self.sampled, inputs.context_lens, self.model.model.embed_tokens.weight
         )
-        logits = self.model.decode(x, positions, context)
-        out = self.sampled[: len(x)]
-        self.sample(logits, inputs.temperatures, inputs.seeds, positions, out=out)
+        logits = self.model.decode(x, positions, context, out=self.logits[: len(x)])
+        self._sample(logits, inputs.temperatures, inputs.seeds, positions, inputs.filters)
+
+    def _sample(
+        self,
+        logits: Tensor,
+        temperatures: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        filters: Filters | None,
+    ) -> None:
+        """Fill `sampled`; the arguments have a row for each sequence that samples."""
+        thresholds = None
+        if filters is not None:
+            thresholds = self.kept_threshold(logits, temperatures, *filters)
+        out = self.sampled[: len(logits)]
+        self.sample(logits, temperatures, seeds, positions, thresholds, out=out)
 
     def _decode_row(self, item: ScheduledSequence) -> DecodeRow:
         seq = item.seq
@@ -313,7 +355,14 @@ class ModelRunner:
             seq.block_table,
             seq.params.temperature,
             seq.seed,
+            self._top_k(seq.params),
+            seq.params.top_p,
+            seq.params.min_p,
         )
+
+    def _top_k(self, params: SamplingParams) -> int:
+        """As a number that fits in int32; 0 if it keeps all."""
+        return params.top_k if params.top_k < self.config.model_config.vocab_size else 0
 
     # --- one step
 
@@ -321,27 +370,51 @@ class ModelRunner:
         self, items: list[ScheduledSequence], sampling: list[ScheduledSequence]
     ) -> None:
         input_ids, positions, context = self._prepare_prefill(items)
-        logits = self.model(input_ids, positions, context)
-        self.sample(
+        logits = self.model(input_ids, positions, context, out=self.logits[: len(sampling)])
+        self._sample(
             logits,
             self._to_device([item.seq.params.temperature for item in sampling], torch.float32),
             self._to_device([item.seq.seed for item in sampling], torch.int64),
             self._to_device([item.end - 1 for item in sampling], torch.int64),
-            out=self.sampled[: len(sampling)],
+            self._filters(sampling),
         )
 
     def _launch_decode(self, items: list[ScheduledSequence]) -> None:
         self._decode_step(*self._prepare_decode(items))
 
-    def _read_later(self, batch: Batch, num_sampled: int) -> Launched:
-        """Start the copy of the sampled ids to the host; two sets of memory take turns."""
-        ids = self.host_ids[0][:num_sampled]
-        self.host_ids.reverse()
-        ids.copy_(self.sampled[:num_sampled], non_blocking=True)
+    def _filters(self, items: list[ScheduledSequence]) -> Filters | None:
+        """What each item keeps to sample from; None if all keep everything."""
+        params = [item.seq.params for item in items]
+        if not any(p.top_k or p.top_p < 1 or p.min_p for p in params):
+            return None
+        return Filters(
+            self._to_device([self._top_k(p) for p in params], torch.int32),
+            self._to_device([p.top_p for p in params], torch.float32),
+            self._to_device([p.min_p for p in params], torch.float32),
+        )
+
+    def _read_later(self, batch: Batch, sampling: list[ScheduledSequence]) -> Launched:
+        """Start the copy of what was sampled to the host; two sets of memory take turns."""
+        host = self.host_outputs[0]
+        self.host_outputs.reverse()
+        ids = host.copy_ids(self.sampled[: len(sampling)])
+        logprobs = None
+        if asked := self._asked_logprobs(sampling):
+            rows = self._to_device(list(asked), torch.int64)
+            found = token_logprobs(self.logits, self.sampled, rows, max(asked.values()))
+            logprobs = host.copy_logprobs(asked, *found)
         done = None
         if self.device.type == "cuda":
             done = torch.cuda.current_stream().record_event()
-        return Launched(batch, ids, done)
+        return Launched(batch, ids, done, logprobs)
+
+    def _asked_logprobs(self, sampling: list[ScheduledSequence]) -> dict[int, int]:
+        """The rows that ask for log-probabilities, and for how many likeliest tokens."""
+        return {
+            row: min(item.seq.params.logprobs, self.config.model_config.vocab_size)
+            for row, item in enumerate(sampling)
+            if item.seq.params.logprobs is not None
+        }
 
     def _prepare_prefill(self, items: list[ScheduledSequence]) -> tuple[Tensor, Tensor, Context]:
         """input_ids and positions, int64 [num_tokens], and the layout of a prefill step."""
@@ -385,6 +458,7 @@ class ModelRunner:
             block_tables=self._block_tables(items),
             temperatures=self._to_device([row.temperature for row in rows], torch.float32),
             seeds=self._to_device([row.seed for row in rows], torch.int64),
+            filters=self._filters(items),
         )
         key_lens = [row.context_len for row in rows]
         return inputs, inputs.context(self.block_size, self.decode_workspace, key_lens)

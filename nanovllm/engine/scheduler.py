@@ -60,7 +60,11 @@ class Scheduler:
         self.stop_ids = stop_ids
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
+        # For statistics. Prompts are counted when their prefill begins.
         self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0  # of the prompts: found in the prefix cache
+        self.num_generated_tokens = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -89,8 +93,10 @@ class Scheduler:
             # Room for every running sequence and this one to grow, so that no decode step soon
             # undoes the admission. Alone it needs none: the pool holds any one sequence.
             num_reserved = len(self.running) + 1 if self.running else 0
-            if not seq.block_table and not self.block_manager.allocate(seq, num_reserved):
-                break
+            if not seq.block_table:
+                if not self.block_manager.allocate(seq, num_reserved):
+                    break
+                self._count_admission(seq)
             start = seq.num_computed_tokens
             end = min(len(seq), start + budget)
             budget -= end - start
@@ -102,6 +108,11 @@ class Scheduler:
             seq.status = SequenceStatus.RUNNING
             self.running.append(self.waiting.popleft())
         return Batch(is_prefill=True, items=items) if items else None
+
+    def _count_admission(self, seq: Sequence) -> None:
+        if seq.num_completion_tokens == 0:  # not one that was preempted
+            self.num_prompt_tokens += seq.num_prompt_tokens
+            self.num_cached_tokens += seq.num_cached_tokens
 
     def _schedule_decode(self, in_flight: bool) -> Batch | None:
         """One more token for every running sequence that has not reached its length limit."""
@@ -135,7 +146,12 @@ class Scheduler:
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
-    def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
+    def postprocess(
+        self,
+        batch: Batch,
+        token_ids: list[int],
+        logprobs: list[dict[int, float] | None] | None = None,
+    ) -> list[Sequence]:
         """Record what a step sampled.
 
         A sequence that ended meanwhile (a stop id seen one step late, or an abort) is passed over.
@@ -143,17 +159,21 @@ class Scheduler:
         Args:
             batch: the oldest step that was scheduled and not postprocessed.
             token_ids: the sampled id of each of its items that samples, in order.
+            logprobs: log-probabilities for each likewise, None where they are not asked for; None
+                if they are asked for nowhere.
 
         Returns:
             The sequences that this step finished, in order.
         """
         finished = []
         sampling = [item for item in batch.items if item.samples]
-        for item, token_id in zip(sampling, token_ids, strict=True):
+        logprobs = [None] * len(sampling) if logprobs is None else logprobs
+        for item, token_id, token_logprobs in zip(sampling, token_ids, logprobs, strict=True):
             seq = item.seq
             if seq.is_finished:
                 continue
-            seq.append_token(token_id)
+            self.num_generated_tokens += 1
+            seq.append_token(token_id, token_logprobs)
             if not batch.is_prefill:  # a prefill's blocks were published when it was scheduled
                 self.block_manager.publish(seq, item.start, item.end)
             if self._has_ended(seq):
@@ -190,15 +210,29 @@ class Scheduler:
             seq.status = SequenceStatus.FINISHED if is_ended else SequenceStatus.WAITING
             seq.num_unread_tokens = seq.num_computed_tokens = 0
             seq.block_table = []
+            if seq.logprobs is not None:
+                del seq.logprobs[len(seq.completion_token_ids) :]
         return ended
 
     def _has_ended(self, seq: Sequence) -> bool:
-        """Whether the known tokens end the sequence; sets its finish_reason."""
-        if seq.completion_token_ids and not seq.params.ignore_eos:
-            seq.finish_reason = "stop" if seq.token_ids[-1] in self.stop_ids else None
-        if seq.finish_reason is None and len(seq.token_ids) >= seq.max_num_tokens:
-            seq.finish_reason = "length"
-        return seq.finish_reason is not None
+        """Whether the known tokens end the sequence; sets its finish_reason and stop_reason."""
+        if seq.num_known_completion_tokens == 0:
+            return False
+        finish_reason: str | None = None
+        stop_reason: str | int | None = None
+        last_id = seq.token_ids[-1]
+        if last_id in self.stop_ids and not seq.params.ignore_eos:
+            finish_reason = "stop"
+        elif last_id in seq.stop_token_ids:
+            finish_reason, stop_reason = "stop", last_id
+        elif len(seq.token_ids) >= seq.max_num_tokens:
+            finish_reason = "length"
+        if seq.detokenizer is not None:
+            stop_text = seq.detokenizer.update(seq.token_ids, is_final=finish_reason is not None)
+            if stop_text is not None:
+                finish_reason, stop_reason = "stop", stop_text
+        seq.stop_reason, seq.finish_reason = stop_reason, finish_reason
+        return finish_reason is not None
 
     def _release(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.FINISHED

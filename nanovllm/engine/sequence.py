@@ -3,6 +3,7 @@
 from enum import Enum, auto
 from itertools import count
 
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -40,13 +41,21 @@ class Sequence:
         self.seed = seed
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(token_ids)
-        self.max_num_tokens = min(max_total_tokens, self.num_prompt_tokens + params.max_tokens)
+        self.max_num_tokens = max_total_tokens
+        if params.max_tokens is not None:
+            self.max_num_tokens = min(max_total_tokens, len(token_ids) + params.max_tokens)
         self.num_unread_tokens = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # of the prompt: found in the prefix cache, not computed
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []  # chained hashes of the full blocks, as far as asked for
+        # Of each known completion token, if asked for: its log-probability, then the likeliest's.
+        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.finish_reason: str | None = None  # "stop" | "length"
+        self.stop_reason: str | int | None = None  # the stop text or id of `params` that ended it
+        self.stop_token_ids = frozenset(params.stop_token_ids or ())
+        self.detokenizer: Detokenizer | None = None  # only where text is needed as tokens come
+        self.is_streamed = False  # its tokens are given out one by one, not by `step`
 
     def __len__(self) -> int:
         """Number of tokens, known and unread."""
@@ -64,6 +73,11 @@ class Sequence:
         return len(self) - self.num_prompt_tokens
 
     @property
+    def num_known_completion_tokens(self) -> int:
+        """Number of generated ids that are known."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
     def completion_token_ids(self) -> list[int]:
         """The generated ids that are known."""
         return self.token_ids[self.num_prompt_tokens :]
@@ -77,8 +91,12 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
-    def append_token(self, token_id: int) -> None:
-        """Make the oldest unread token known."""
+    def append_token(self, token_id: int, logprobs: dict[int, float] | None = None) -> None:
+        """Make the oldest unread token known; `logprobs` are given if the request asks for them."""
         assert self.num_unread_tokens > 0, "no token of this sequence is being sampled"
         self.num_unread_tokens -= 1
+        if self.logprobs is not None:
+            assert logprobs is not None, "this sequence wants log-probabilities"
+            # Before the id: if Ctrl-C comes between the two, Scheduler.start_over drops the excess.
+            self.logprobs.append(logprobs)
         self.token_ids.append(token_id)

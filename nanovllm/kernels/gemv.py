@@ -101,13 +101,14 @@ def _matvec(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     num_tokens, input_size = x.shape
     output_size = len(weight) // (2 if gated else 1)
     assert 0 < num_tokens <= MAX_TOKENS and weight.size(1) == input_size
     assert x.is_contiguous() and weight.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    out = x.new_empty(num_tokens, output_size)
+    out = x.new_empty(num_tokens, output_size) if out is None else out
     rows, block, num_warps = matvec_config(num_tokens, input_size, norm is not None)
     norm_weight, eps = norm or (None, 0.0)
     launch(
@@ -125,6 +126,7 @@ def rms_norm_linear(
     eps: float,
     weight: Tensor,
     bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """linear(rms_norm(x)), for at most MAX_TOKENS tokens. Twins: rms_norm, F.linear.
 
@@ -134,9 +136,9 @@ def rms_norm_linear(
         weight: [output_size, input_size], contiguous, in x's dtype. bias: [output_size].
 
     Returns:
-        [num_tokens, output_size].
+        [num_tokens, output_size]: `out`, if given, which must be contiguous.
     """
-    return _matvec(x, weight, (norm_weight, eps), bias=bias)
+    return _matvec(x, weight, (norm_weight, eps), bias=bias, out=out)
 
 
 def rms_norm_gate_up(

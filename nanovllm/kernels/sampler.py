@@ -52,9 +52,9 @@ def _gumbel(bits, FAST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["chunk"])
 def _sample_kernel(
-    logits, temperatures, seeds, positions, out, best_scores, best_ids, counters, row_stride, chunk,
-    VOCAB: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
-    PDL: tl.constexpr,
+    logits, temperatures, seeds, positions, thresholds, out, best_scores, best_ids, counters,
+    row_stride, chunk, VOCAB: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    FAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for a chunk of a row's logits; the last of a row's programs compares them all."""
     row = tl.program_id(0)
@@ -70,15 +70,20 @@ def _sample_kernel(
     seed = tl.load(seeds + row).to(tl.uint64)
     position = tl.load(positions + row).to(tl.uint64)
     key = _mix64(_mix64(seed + 0x9E3779B97F4A7C15) ^ position)
+    threshold = float("-inf")
+    if thresholds is not None:
+        threshold = tl.load(thresholds + row)
     logits += row.to(tl.int64) * row_stride
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_id = tl.full([BLOCK], VOCAB - 1, tl.int32)
     for first in tl.range(0, chunk, BLOCK):
         tokens = split * chunk + first + tl.arange(0, BLOCK)
-        score = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
+        logit = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
+        score = logit
         if temperature > 0:
-            score = score * logit_scale + noise_scale * _gumbel(_hash_bits(tokens, key), FAST)
-        better = score > best  # ties: the lower id stays; NaN never wins
+            score = logit * logit_scale + noise_scale * _gumbel(_hash_bits(tokens, key), FAST)
+        # Ties: the lower id stays; NaN never wins.
+        better = (score > best) & (logit >= threshold)
         best = tl.where(better, score, best)
         best_id = tl.where(better, tokens, best_id)
     score = tl.max(best, axis=0)
@@ -125,6 +130,7 @@ def sample(
     temperatures: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    thresholds: Tensor | None = None,
     out: Tensor | None = None,
     workspace: SampleWorkspace | None = None,
 ) -> Tensor:
@@ -134,6 +140,7 @@ def sample(
         logits: [num_seqs, vocab_size], any float dtype; rows contiguous.
         temperatures: float32 [num_seqs], >= 0.
         seeds, positions: int64 [num_seqs]; the same pair draws the same noise.
+        thresholds: float32 [num_seqs], only tokens with logits from there upwards are drawn.
         workspace: from sample_workspace; None allocates one, which costs a launch.
 
     Returns:
@@ -150,8 +157,8 @@ def sample(
     chunk = triton.cdiv(triton.cdiv(vocab_size, splits), block) * block
     launch(
         _sample_kernel, (num_seqs, splits), logits,
-        logits, temperatures, seeds, positions, out, *workspace, logits.stride(0), chunk,
-        VOCAB=vocab_size, MAX_SPLITS=MAX_SPLITS, BLOCK=block, FAST=device.type == "cuda",
+        logits, temperatures, seeds, positions, thresholds, out, *workspace, logits.stride(0),
+        chunk, VOCAB=vocab_size, MAX_SPLITS=MAX_SPLITS, BLOCK=block, FAST=device.type == "cuda",
         num_warps=8,
     )  # fmt: skip
     return out

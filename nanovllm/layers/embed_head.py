@@ -44,15 +44,15 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
 
-    def forward(self, hidden: Tensor, context: Context) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, out: Tensor | None = None) -> Tensor:
         """Logits of the positions that are sampled.
 
         Args:
             hidden: [num_tokens, hidden_size].
 
         Returns:
-            [num_sampled, vocab_size] in hidden's dtype.
+            [num_sampled, vocab_size] in hidden's dtype: `out`, if given.
         """
         if context.logit_rows is not None:
             hidden = hidden[context.logit_rows]
-        return F.linear(hidden, self.weight)
+        return torch.mm(hidden, self.weight.T, out=out)

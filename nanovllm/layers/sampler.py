@@ -6,6 +6,8 @@ The noise is a hash of (seed, position, token id): a request's tokens do not dep
 beside it.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ def sample(
     temperatures: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    thresholds: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Draw one id a row from softmax(logits / temperature); the likeliest where temperature is 0.
@@ -26,6 +29,7 @@ def sample(
         logits: [num_seqs, vocab_size], any float dtype.
         temperatures: float32 [num_seqs], >= 0.
         seeds, positions: int64 [num_seqs]; the same pair draws the same noise.
+        thresholds: float32 [num_seqs], only tokens with logits from there upwards are drawn.
 
     Returns:
         int64 [num_seqs]: `out`, if given.
@@ -38,6 +42,8 @@ def sample(
         noise = _gumbel(_random_bits(keys[rows], vocab_size))
         # Above 1 the logits are divided instead, so that no product overflows.
         scores = noise * temperature.clamp(max=1) + logits[rows] / temperature.clamp(min=1)
+        if thresholds is not None:
+            scores = scores.where(logits[rows] >= thresholds[rows, None], -math.inf)
         ids[rows] = scores.argmax(dim=-1)
     return ids
 

@@ -162,25 +162,29 @@ class Qwen3ForCausalLM(nn.Module):
             self.max_few = MAX_TOKENS if config.hidden_size <= 2048 else 1
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, context: Context, out: Tensor | None = None
+    ) -> Tensor:
         """Logits of the positions that `context.logit_rows` names.
 
         Args:
             input_ids, positions: int64 [num_tokens], the tokens of all sequences in a row.
 
         Returns:
-            [num_sampled, vocab_size] in the model's dtype.
+            [num_sampled, vocab_size] in the model's dtype: `out`, if given.
         """
         x = self.model.embed_tokens(input_ids)
-        return self.lm_head(self.model(x, positions, context), context)
+        return self.lm_head(self.model(x, positions, context), context, out=out)
 
     @torch.inference_mode()
-    def decode(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def decode(
+        self, x: Tensor, positions: Tensor, context: Context, out: Tensor | None = None
+    ) -> Tensor:
         """A decode step: embeddings [num_seqs, hidden_size] to logits [num_seqs, vocab_size]."""
         if len(x) > self.max_few:
-            return self.lm_head(self.model(x, positions, context), context)
+            return self.lm_head(self.model(x, positions, context), context, out=out)
         from nanovllm.kernels.gemv import rms_norm_linear
 
         norm = self.model.norm
         x = self.model.forward_few(x, positions, context)
-        return rms_norm_linear(x, norm.weight, norm.eps, self.lm_head.weight)
+        return rms_norm_linear(x, norm.weight, norm.eps, self.lm_head.weight, out=out)

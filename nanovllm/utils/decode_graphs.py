@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.layers.filters import Filters
 from nanovllm.utils.context import Context
 
-# source, slot, context length, temperature (float32 bits), seed (int64 in two)
-NUM_FIELDS = 6
+# int32: source, slot, context length, top_k. The bits of float32: temperature, top_p, min_p.
+# And seed, an int64 in two.
+NUM_FIELDS = 9
 
 
 class DecodeRow(NamedTuple):
@@ -26,6 +28,9 @@ class DecodeRow(NamedTuple):
     block_table: list[int]
     temperature: float
     seed: int
+    top_k: int
+    top_p: float
+    min_p: float
 
 
 class StepInputs:
@@ -45,22 +50,24 @@ class StepInputs:
 
     def tensors(self, num_seqs: int) -> "StepTensors":
         """Views of the first rows."""
-        sources, slots, context_lens, temperatures = self.fields[:4, :num_seqs]
-        seeds = self.fields[4:].flatten().view(torch.int64)
+        sources, slots, context_lens, top_ks = self.fields[:4, :num_seqs]
+        temperatures, top_ps, min_ps = self.fields[4:7, :num_seqs].view(torch.float32)
+        seeds = self.fields[7:].flatten().view(torch.int64)
         return StepTensors(
             sources=sources,
             slot_mapping=slots,
             context_lens=context_lens,
             block_tables=self.block_tables[:num_seqs],
-            temperatures=temperatures.view(torch.float32),
+            temperatures=temperatures,
             seeds=seeds[:num_seqs],
+            filters=Filters(top_ks, top_ps, min_ps),
         )
 
 
 class StepTensors(NamedTuple):
     """A decode step's inputs: int32 [num_seqs], but temperatures float32 and seeds int64.
 
-    block_tables: int32 [num_seqs, max_blocks]. See DecodeRow.
+    block_tables: int32 [num_seqs, max_blocks]. filters: None if no sequence has any. See DecodeRow.
     """
 
     sources: Tensor
@@ -69,6 +76,7 @@ class StepTensors(NamedTuple):
     block_tables: Tensor
     temperatures: Tensor
     seeds: Tensor
+    filters: Filters | None
 
     def context(
         self, block_size: int, workspace: tuple[Tensor, ...] | None, key_lens: list[int]
@@ -92,8 +100,8 @@ class Staging:
     def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
         self.inputs = StepInputs(max_num_seqs, max_blocks, "cpu")
         self.fields = self.inputs.fields.numpy()
-        self.temperatures = self.inputs.fields[3].view(torch.float32).numpy()
-        self.seeds = self.inputs.fields[4:].flatten().view(torch.int64).numpy()
+        self.floats = self.inputs.fields[4:7].view(torch.float32).numpy()
+        self.seeds = self.inputs.fields[7:].flatten().view(torch.int64).numpy()
         self.block_tables = self.inputs.block_tables.numpy()
         self.copied = torch.cuda.Event()
 
@@ -101,9 +109,10 @@ class Staging:
         """Write the rows, then padding up to num_padded: no slot, context length 0."""
         self.copied.synchronize()  # the copy of two steps ago has long been made
         count = len(rows)
-        sources, slots, context_lens, tables, temperatures, seeds = zip(*rows, strict=True)
-        self.fields[:3, :count] = np.array((sources, slots, context_lens), dtype=np.int32)
-        self.temperatures[:count] = temperatures
+        columns = zip(*rows, strict=True)
+        sources, slots, context_lens, tables, temperatures, seeds, top_ks, top_ps, min_ps = columns
+        self.fields[:4, :count] = np.array((sources, slots, context_lens, top_ks), dtype=np.int32)
+        self.floats[:, :count] = temperatures, top_ps, min_ps
         self.seeds[:count] = seeds
         for row, table in zip(self.block_tables, tables, strict=False):
             row[: len(table)] = table
@@ -111,7 +120,7 @@ class Staging:
         self.fields[0, padding] = -1
         self.fields[1, padding] = -1
         self.fields[2, padding] = 0
-        self.temperatures[padding] = 0
+        self.floats[0, padding] = 0  # such rows are not filtered
 
     def copy_to(self, target: StepInputs, num_seqs: int) -> None:
         """Start the copy of the first rows to the device."""
