@@ -141,7 +141,7 @@ class Floor:
         layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
         self.flops_per_token = 2 * layers
         self.flops_per_logits = 2 * embedding.numel()
-        self.weights_s = self.kv_s = self.prefill_s = 0.0
+        self.weights_s = self.kv_s = self.prefill_s = self.linear_s = 0.0
         self.num_decode_steps = self.num_prefill_steps = 0
 
     def count(self, batch: Batch | None) -> None:
@@ -152,6 +152,8 @@ class Floor:
         if batch.is_prefill:
             self.num_prefill_steps += 1
             self.prefill_s += max(weights_s, self._flops(batch) / self.machine.flops_per_s)
+            linear_flops = batch.num_tokens * self.flops_per_token
+            self.linear_s += linear_flops / self.machine.flops_per_s
         else:
             self.num_decode_steps += 1
             self.weights_s += weights_s
@@ -186,7 +188,9 @@ class Floor:
         return (
             f"Floor: {self.total_s:.3f}s (K/V {self.kv_s:.3f}s + weights {self.weights_s:.3f}s "
             f"in {self.num_decode_steps} decode steps, {self.num_prefill_steps} prefill steps "
-            f"{self.prefill_s:.3f}s) at {self.machine.read_bytes_per_s / 1e9:.1f} GB/s and "
+            f"{self.prefill_s:.3f}s, their linear layers alone {self.linear_s:.3f}s = "
+            f"{self.linear_s / elapsed_s:.1%}) "
+            f"at {self.machine.read_bytes_per_s / 1e9:.1f} GB/s and "
             f"{self.machine.flops_per_s / 1e12:.2f} TFLOP/s measured here; "
             f"reached: {self.total_s / elapsed_s:.1%}"
         )

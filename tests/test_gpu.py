@@ -26,6 +26,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.layers.attention import BACKENDS as ATTENTION_BACKENDS
 from nanovllm.layers.attention import AttentionInputs
 from nanovllm.layers.attention import store_kvcache as store_kvcache_twin
+from nanovllm.layers.filters import kept_threshold
 from nanovllm.utils.context import Context
 
 pytestmark = pytest.mark.gpu
@@ -170,6 +171,104 @@ def test_any_number_of_sequences_has_its_graph(prompts: list[list[int]]) -> None
         for count in (1, 2, 3, 5, 8, 9, 17, 36, 37, 64):
             outputs = completions(llm, prompts[:count], max_tokens=20)
             assert_equal_tokens(reference, prompts[:count], outputs)
+
+
+# What the filters keep is among the 15 likeliest, so that 20 log-probabilities tell what it is.
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"top_k": 5},
+    {"top_k": 15, "top_p": 0.8},
+    {"top_k": 15, "min_p": 0.1},
+    {"top_k": 9, "top_p": 0.95, "min_p": 0.01},
+]
+
+
+def hot(count: int, filters: list[dict[str, Any]], logprobs: int | None) -> list[SamplingParams]:
+    """Seeded requests of equal length, with every filter in turn."""
+    common: dict[str, Any] = {"temperature": 2.0, "max_tokens": 40, "ignore_eos": True}
+    return [
+        SamplingParams(seed=i, logprobs=logprobs, **common, **filters[i % len(filters)])
+        for i in range(count)
+    ]
+
+
+def sampled(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+    outputs = llm.generate(prompts[: len(params)], params, use_tqdm=False)
+    return [output["token_ids"] for output in outputs]
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["overlapped", "plain"])
+@pytest.mark.parametrize("count", [1, 2, 5, 64])
+def test_tokens_come_from_what_the_filters_keep(
+    prompts: list[list[int]], count: int, enforce_eager: bool
+) -> None:
+    """Of each step's own logits, as far as the log-probabilities show them."""
+    params = hot(count + 1, FILTERS, logprobs=20)[1:]
+    with engine(dtype="bfloat16", enforce_eager=enforce_eager) as llm:
+        outputs = llm.generate(prompts[:count], params, use_tqdm=False)
+    for output, own in zip(outputs, params, strict=True):
+        for token, logprobs in zip(output["token_ids"], output["logprobs"], strict=True):
+            if not own.top_k:
+                continue
+            asked = (torch.tensor([value]) for value in (own.top_k, 1.001 * own.top_p, own.min_p))
+            likeliest = torch.tensor([list(logprobs.values())])
+            threshold = kept_threshold(likeliest, torch.tensor([own.temperature]), *asked)
+            assert logprobs[token] >= threshold - 1e-3
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["overlapped", "plain"])
+@pytest.mark.parametrize("count", [1, 2, 5, 64])
+def test_logprobs_are_those_of_transformers(
+    prompts: list[list[int]], count: int, enforce_eager: bool, tally: Tally
+) -> None:
+    """No further from float32 than twice what transformers is in the same precision."""
+    reference = GpuReference(torch.bfloat16)
+    params = hot(count, [{}, {"top_k": 5}], logprobs=5)
+    with engine(dtype="bfloat16", enforce_eager=enforce_eager) as llm:
+        outputs = llm.generate(prompts[:count], params, use_tqdm=False)
+    error = rounding = 0.0
+    for prompt, output in zip(prompts, outputs, strict=False):
+        exact, rounded = (
+            logits.log_softmax(dim=-1).cpu()
+            for logits in reference.logits(prompt, output["token_ids"])
+        )
+        for row, logprobs in enumerate(output["logprobs"]):
+            assert next(iter(logprobs)) == output["token_ids"][row]
+            ids, values = list(logprobs), torch.tensor(list(logprobs.values()))
+            error = max(error, float((values - exact[row, ids]).abs().max()))
+            rounding = max(rounding, float((rounded[row, ids] - exact[row, ids]).abs().max()))
+    tally.maximum("GPU bfloat16: error of logprobs", error)
+    tally.maximum("GPU bfloat16: error of logprobs in transformers", rounding)
+    assert error < 2 * rounding
+
+
+def test_seeded_requests_repeat_and_do_not_see_their_neighbours_filters(
+    prompts: list[list[int]],
+) -> None:
+    with engine(dtype="bfloat16") as llm:
+        mixed = sampled(llm, prompts, hot(64, FILTERS, logprobs=None))
+        assert sampled(llm, prompts, hot(64, FILTERS, logprobs=None)) == mixed
+        assert sampled(llm, prompts, hot(64, FILTERS, logprobs=3)) == mixed
+        plain = sampled(llm, prompts, hot(64, [{}], logprobs=None))
+    assert plain[:: len(FILTERS)] == mixed[:: len(FILTERS)]
+    assert plain != mixed
+
+
+def test_seeds_repeat_across_batch_sizes_as_far_as_logits_do(
+    prompts: list[list[int]], tally: Tally
+) -> None:
+    """In float32 always; in bfloat16 rounding may move a draw, and then what follows differs."""
+    params = hot(64, FILTERS, logprobs=None)
+    for dtype in ("float32", "bfloat16"):
+        with engine(dtype=dtype) as llm:
+            together = sampled(llm, prompts, params)
+            num_equal = 0
+            for first in range(0, 16, 4):
+                apart = sampled(llm, prompts[first:], params[first : first + 4])
+                pairs = zip(apart, together[first:], strict=False)
+                num_equal += sum(one == other for one, other in pairs)
+        tally.count(f"GPU {dtype}: of 16 seeded completions equal in another batch", num_equal)
+        assert num_equal == 16 if dtype == "float32" else num_equal >= 4
 
 
 def test_a_stop_id_seen_late_ends_the_request_there(prompts: list[list[int]]) -> None:

@@ -49,8 +49,8 @@ def make_prompt(seed: int, num_tokens: int) -> list[int]:
     return [rng.randrange(VOCAB_SIZE) for _ in range(num_tokens)]
 
 
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens)
+def greedy(max_tokens: int, logprobs: int | None = None) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=logprobs)
 
 
 # Prompts in chunks, a shared block, growth into new blocks and, with so small a pool, preemption.
@@ -58,12 +58,12 @@ COMMON = make_prompt(0, 16)
 OWN = [make_prompt(1, 15), make_prompt(2, 15), COMMON + make_prompt(3, 14), [5]]
 OWN_PARAMS = [
     greedy(19),
-    greedy(19),
+    greedy(19, logprobs=2),
     greedy(3),
     SamplingParams(temperature=1.0, max_tokens=3, ignore_eos=True),  # its tokens are not compared
 ]
 OTHERS = [COMMON + make_prompt(4, 2), make_prompt(5, 29), make_prompt(6, 3)]
-OTHER_PARAMS = [greedy(4), greedy(5), greedy(3)]
+OTHER_PARAMS = [greedy(4), greedy(5, logprobs=0), greedy(3, logprobs=1)]
 
 
 class Expected(NamedTuple):
@@ -151,7 +151,17 @@ def llm(
 
 
 def generate(llm: LLMEngine, prompts: Completions, params: list[SamplingParams]) -> Completions:
-    return [out["token_ids"] for out in llm.generate(prompts, params, use_tqdm=False)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for output in outputs:
+        assert_aligned(output["token_ids"], output.get("logprobs"))
+    return [output["token_ids"] for output in outputs]
+
+
+def assert_aligned(completion: list[int], logprobs: list[dict[int, float]] | None) -> None:
+    """Each token has its log-probabilities, its own first; greedy, so that it is the largest."""
+    for token, found in zip(completion, logprobs or (), strict=logprobs is not None):
+        assert next(iter(found)) == token
+        assert found[token] == max(found.values())
 
 
 def add_all(llm: LLM, prompts: Completions, params: list[SamplingParams]) -> list[int]:
@@ -173,6 +183,7 @@ def finish(
         may_be_left: other requests that may end here too.
     """
     results: dict[int, list[int]] = {}
+    seqs = llm._requests | {seq.seq_id: seq for seq in llm._finished}
     for _ in range(200):
         try:
             if llm.is_finished():
@@ -184,6 +195,8 @@ def finish(
             pass
     assert llm._in_flight is None
     assert set(seq_ids) <= results.keys() <= {*seq_ids, *may_be_left}
+    for seq_id, completion in results.items():
+        assert_aligned(completion, seqs[seq_id].logprobs)
     return [results[seq_id] for seq_id in seq_ids]
 
 
@@ -472,7 +485,7 @@ def test_ctrl_c_anywhere_in_a_step_in_which_requests_end_loses_none(
     llm: LLM, expected: Expected, tally: Tally
 ) -> None:
     for k in count(1):
-        seq_ids = add_all(llm, OTHERS, [greedy(1)] * 3)
+        seq_ids = add_all(llm, OTHERS, [greedy(1, logprobs=1)] * 3)
         with interrupt_at(k, *BOOKKEEPING) as seen:
             completions = finish(llm, seq_ids, KeyboardInterrupt)
         assert completions == [ids[:1] for ids in expected.others]

@@ -366,6 +366,7 @@ def test_kept_threshold_equals_its_twin(vocab_size: int, dtype: torch.dtype) -> 
     """The same tokens, but for one at the border of top_p that rounding put on either side."""
     from nanovllm.kernels import filters
 
+    torch.manual_seed(0)
     num_seqs = 64 if CUDA else 16
     logits = 3 * randn(num_seqs, vocab_size, dtype=dtype)
     temperatures = 0.3 + 1.5 * torch.rand(num_seqs, device=DEVICE)
@@ -382,6 +383,27 @@ def test_kept_threshold_equals_its_twin(vocab_size: int, dtype: torch.dtype) -> 
 
 
 @runs_kernels
+@dtypes
+def test_kept_threshold_tells_neighbouring_floats_apart(dtype: torch.dtype) -> None:
+    """Of floats with none between them, all as likely, row n keeps n + 1."""
+    from nanovllm.kernels import filters
+
+    size = 99 if CUDA else 17
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    one = torch.ones((), dtype=dtype, device=DEVICE).view(bits)
+    ladder = -(one + torch.arange(size, device=DEVICE) - size // 2).to(bits).view(dtype)
+    logits = ladder[torch.randperm(size)].expand(size, -1)
+    numbers, ones = torch.arange(size, device=DEVICE), torch.ones(size, device=DEVICE)
+    for top_ks, top_ps in (
+        (numbers + 1, ones),
+        (0 * numbers, (numbers + 0.5) / size),
+        (numbers + 1, 0.9999 * ones),
+    ):
+        thresholds = filters.kept_threshold(logits, 1e6 * ones, top_ks.int(), top_ps, 0 * ones)
+        assert torch.equal((logits >= thresholds[:, None]).sum(dim=-1), numbers + 1)
+
+
+@runs_kernels
 def test_kept_threshold_at_the_extremes() -> None:
     from nanovllm.kernels import filters
 
@@ -393,7 +415,7 @@ def test_kept_threshold_at_the_extremes() -> None:
     logits[4, 7] = math.inf
     logits[5] = 1.5  # all tied
     logits[6] = 3e38 * logits[6] / logits[6].abs().max()
-    temperatures = torch.tensor([1, 1, 1, 1, 1, 1, 1e30, 1e-38, 3e38], device=DEVICE)
+    temperatures = torch.tensor([1, 1, 1, 1e-44, 1, 1, 1e30, 1e-38, 3e38], device=DEVICE)
     for asked in ((10, 1.0, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.3), (2900, 0.9999, 1e-30)):
         top_k, top_p, min_p = (torch.full((9,), value, device=DEVICE) for value in asked)
         arguments = logits, temperatures, top_k.int(), top_p, min_p

@@ -22,23 +22,18 @@ from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
 from nanovllm.utils.context import Context
-from nanovllm.utils.decode_graphs import DecodeGraphs, DecodeRow, StepTensors
+from nanovllm.utils.decode_graphs import (
+    DecodeGraphs,
+    DecodeRow,
+    StepInputs,
+    StepTensors,
+    graph_sizes,
+)
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
+from nanovllm.utils.outputs import HostOutputs, TokenLogprobs
 
 logger = logging.getLogger("nanovllm")
-
-
-class TokenLogprobs(NamedTuple):
-    """Log-probabilities of a step's sampled tokens and of the likeliest, for those that ask.
-
-    rows: of the items that sample, the ones that ask. ids, values: int64 and float32
-    [num_asking, 1 + the largest number asked for].
-    """
-
-    rows: list[int]
-    ids: Tensor
-    values: Tensor
 
 
 class Launched(NamedTuple):
@@ -68,31 +63,7 @@ class Launched(NamedTuple):
             return None
         if self.done is not None:
             self.done.synchronize()
-        logprobs: list[dict[int, float] | None] = [None] * len(self.ids)
-        sampling = [item for item in self.batch.items if item.samples]
-        rows, ids, values = self.token_logprobs
-        for row, row_ids, row_values in zip(rows, ids.tolist(), values.tolist(), strict=True):
-            count = 1 + (sampling[row].seq.params.logprobs or 0)
-            logprobs[row] = dict(zip(row_ids[:count], row_values[:count], strict=True))
-        return logprobs
-
-
-class HostOutputs:
-    """Host memory that a step's outputs are copied to.
-
-    Args:
-        max_num_seqs: sequences in a step.
-        max_logprobs: log-probabilities of each.
-        pinned: so that no copy from a GPU waits.
-    """
-
-    def __init__(self, max_num_seqs: int, max_logprobs: int, pinned: bool) -> None:
-        def memory(size: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(size, dtype=dtype, device="cpu", pin_memory=pinned)
-
-        self.ids = memory(max_num_seqs, torch.int64)
-        self.logprob_ids = memory(max_num_seqs * max_logprobs, torch.int64)
-        self.logprob_values = memory(max_num_seqs * max_logprobs, torch.float32)
+        return self.token_logprobs.by_row(len(self.ids))
 
 
 class ModelRunner:
@@ -128,6 +99,8 @@ class ModelRunner:
             budget = CudaBudget(self.device) if self.device.type == "cuda" else None
             self.model = self._load_model()
             self._allocate_step_memory()
+            if kernels.usable(self.device):
+                self._compile_kernels()
             self.graphs: DecodeGraphs | None = None
             self.num_blocks = config.num_kvcache_blocks
             if self.num_blocks == -1:
@@ -217,10 +190,7 @@ class ModelRunner:
         on_cuda = self.device.type == "cuda"
         self.sampled = torch.zeros(size, dtype=torch.int64, device=self.device)
         self.logits = torch.empty(size, model.vocab_size, dtype=self.dtype, device=self.device)
-        self.max_logprobs = min(MAX_LOGPROBS, model.vocab_size)
-        self.host_outputs = [
-            HostOutputs(size, 1 + self.max_logprobs, pinned=on_cuda) for _ in range(2)
-        ]
+        self.host_outputs = [HostOutputs(size, 1 + MAX_LOGPROBS, on_cuda) for _ in range(2)]
         self.embed, self.sample, self.decode_workspace = resolve_and_embed, sample, None
         self.kept_threshold = kept_threshold
         if kernels.usable(self.device):
@@ -282,8 +252,27 @@ class ModelRunner:
             lengths[index] = min(self.config.max_model_len, num_tokens - sum(lengths) + 1)
         self._run_empty_prefill(lengths, from_cache=False)
 
+    def _compile_kernels(self) -> None:
+        """Compile every kernel that a step of any size launches, so that no later step has to."""
+        from nanovllm.kernels.launch import compiling_ahead
+
+        config = self.config
+        self._bind_kv_cache(1)
+        longest = min(2048, config.max_num_batched_tokens, config.max_model_len)
+        # Attention that loops over the sequences is no kernel of ours: there fewer sizes differ.
+        limit = 64 if BACKENDS[self.backend].loops_on_host else config.max_num_seqs
+        inputs = StepInputs(config.max_num_seqs, self.blocks_per_seq, self.device)
+        with compiling_ahead(self.device):
+            for lengths in ([2], [64] * min(2, config.max_num_seqs), [longest]):
+                for from_cache in (False, True):
+                    self._run_empty_prefill(lengths, from_cache)
+            for size in graph_sizes(min(limit, config.max_num_seqs)):
+                tensors = inputs.tensors(size)
+                context = tensors.context(self.block_size, self.decode_workspace, [1] * size)
+                self._decode_step(tensors, context)
+
     def _warm_up(self) -> None:
-        """Launch every kernel of a prefill, so that none is compiled or loaded later."""
+        """Run small prefills, so that what PyTorch loads when it is first used is there."""
         for lengths in ([2], [64] * min(2, self.config.max_num_seqs)):
             for from_cache in (False, True):
                 self._run_empty_prefill(lengths, from_cache)
@@ -300,9 +289,9 @@ class ModelRunner:
         context.logit_rows = rows
         logits = self.model(zeros, zeros, context, out=self.logits[: len(rows)])
         halves = torch.full_like(rows, 0.5, dtype=torch.float32)
-        filters = Filters(torch.ones_like(rows, dtype=torch.int32), halves, halves)
-        self._sample(logits, halves, rows, rows, filters)
-        token_logprobs(logits, self.sampled, rows, self.max_logprobs)
+        for filters in (None, Filters(torch.ones_like(rows, dtype=torch.int32), halves, halves)):
+            self._sample(logits, halves, rows, rows, filters)
+        token_logprobs(logits, self.sampled, rows, min(MAX_LOGPROBS, logits.size(1)))
 
     # --- CUDA graphs
 
@@ -408,38 +397,24 @@ class ModelRunner:
         """Start the copy of what was sampled to the host; two sets of memory take turns."""
         host = self.host_outputs[0]
         self.host_outputs.reverse()
-        ids = host.ids[: len(sampling)]
-        ids.copy_(self.sampled[: len(sampling)], non_blocking=True)
-        logprobs = self._read_logprobs_later(sampling, host)
+        ids = host.copy_ids(self.sampled[: len(sampling)])
+        logprobs = None
+        if asked := self._asked_logprobs(sampling):
+            rows = self._to_device(list(asked), torch.int64)
+            found = token_logprobs(self.logits, self.sampled, rows, max(asked.values()))
+            logprobs = host.copy_logprobs(asked, *found)
         done = None
         if self.device.type == "cuda":
             done = torch.cuda.current_stream().record_event()
         return Launched(batch, ids, done, logprobs)
 
-    def _read_logprobs_later(
-        self, sampling: list[ScheduledSequence], host: "HostOutputs"
-    ) -> TokenLogprobs | None:
-        """Compute the log-probabilities that are asked for, and start their copy."""
-        asked = {
-            row: item.seq.params.logprobs
+    def _asked_logprobs(self, sampling: list[ScheduledSequence]) -> dict[int, int]:
+        """The rows that ask for log-probabilities, and for how many likeliest tokens."""
+        return {
+            row: min(item.seq.params.logprobs, self.config.model_config.vocab_size)
             for row, item in enumerate(sampling)
             if item.seq.params.logprobs is not None
         }
-        if not asked:
-            return None
-        rows = list(asked)
-        num_likeliest = min(max(asked.values()), self.max_logprobs)
-        outputs = token_logprobs(
-            self.logits, self.sampled, self._to_device(rows, torch.int64), num_likeliest
-        )
-        shape = len(rows), 1 + num_likeliest
-        ids, values = (
-            memory[: shape[0] * shape[1]].view(shape)
-            for memory in (host.logprob_ids, host.logprob_values)
-        )
-        ids.copy_(outputs[0], non_blocking=True)
-        values.copy_(outputs[1], non_blocking=True)
-        return TokenLogprobs(rows, ids, values)
 
     def _prepare_prefill(self, items: list[ScheduledSequence]) -> tuple[Tensor, Tensor, Context]:
         """input_ids and positions, int64 [num_tokens], and the layout of a prefill step."""
@@ -485,17 +460,8 @@ class ModelRunner:
             seeds=self._to_device([row.seed for row in rows], torch.int64),
             filters=self._filters(items),
         )
-        context = Context(
-            is_prefill=False,
-            slot_mapping=inputs.slot_mapping,
-            query_lens=[1] * len(items),
-            key_lens=[row.context_len for row in rows],
-            block_size=self.block_size,
-            context_lens=inputs.context_lens,
-            block_tables=inputs.block_tables,
-            decode_workspace=self.decode_workspace,
-        )
-        return inputs, context
+        key_lens = [row.context_len for row in rows]
+        return inputs, inputs.context(self.block_size, self.decode_workspace, key_lens)
 
     def _slot(self, item: ScheduledSequence) -> int:
         """The slot of a decoded token: it stands at position `start`."""

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.device import has_pdl, prefetch, shared_memory
+from nanovllm.kernels.device import prefetch, shared_memory
+from nanovllm.kernels.launch import launch
 
 LOG2_E = 1.4426950408889634
 
@@ -270,20 +271,17 @@ def paged_decode(
     group = num_heads // num_kv_heads
     block_group = triton.next_power_of_2(group)
     combine = max(1, min(16, 4096 // (block_group * triton.next_power_of_2(head_dim))))
-    pdl = has_pdl(device)
-    if num_seqs:
-        with torch.cuda.device_of(out):
-            _decode_kernel[(num_kv_heads, plan.num_splits, num_seqs)](
-                query, k_cache, v_cache, block_tables, context_lens, out, *workspace,
-                scale * LOG2_E, query.stride(0), block_tables.stride(0), plan.min_chunk,
-                GROUP=group, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-                TILE=plan.tile, ROWS=max(16, block_group), BLOCK_G=block_group,
-                BLOCK_D=triton.next_power_of_2(head_dim), COMBINE=combine,
-                PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-                STAGES=plan.num_stages,
-                LINES=max(1, triton.next_power_of_2(head_dim) * out.element_size() // 128),
-                PDL=pdl, launch_pdl=pdl, num_warps=plan.num_warps,
-            )  # fmt: skip
+    launch(
+        _decode_kernel, (num_kv_heads, plan.num_splits, num_seqs), query,
+        query, k_cache, v_cache, block_tables, context_lens, out, *workspace,
+        scale * LOG2_E, query.stride(0), block_tables.stride(0), plan.min_chunk,
+        GROUP=group, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        TILE=plan.tile, ROWS=max(16, block_group), BLOCK_G=block_group,
+        BLOCK_D=triton.next_power_of_2(head_dim), COMBINE=combine,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=plan.num_stages,
+        LINES=max(1, triton.next_power_of_2(head_dim) * out.element_size() // 128),
+        num_warps=plan.num_warps,
+    )  # fmt: skip
     return out
 
 
@@ -464,17 +462,15 @@ def paged_prefill(
         long_paged = block_size > 0 and max_query_len > 1024
         tiles = prefill_tiles(head_dim, query.dtype, shared_memory(query.device), long_paged)
     num_seqs = len(cu_seqlens_q) - 1
-    pdl = has_pdl(query.device)
-    if max_query_len:
-        with torch.cuda.device_of(query):
-            _prefill_kernel[(num_heads, triton.cdiv(max_query_len, tiles.queries), num_seqs)](
-                query, key, value, out, cu_seqlens_q, cu_seqlens_k, block_tables, scale * LOG2_E,
-                query.stride(0), key.stride(0), value.stride(0),
-                block_tables.stride(0) if block_tables is not None else 0,
-                NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim,
-                BLOCK_SIZE=block_size, QUERIES=tiles.queries, KEYS=tiles.keys,
-                BLOCK_D=triton.next_power_of_2(head_dim),
-                PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-                STAGES=tiles.num_stages, PDL=pdl, launch_pdl=pdl, num_warps=tiles.num_warps,
-            )  # fmt: skip
+    launch(
+        _prefill_kernel, (num_heads, triton.cdiv(max_query_len, tiles.queries), num_seqs), query,
+        query, key, value, out, cu_seqlens_q, cu_seqlens_k, block_tables, scale * LOG2_E,
+        query.stride(0), key.stride(0), value.stride(0),
+        block_tables.stride(0) if block_tables is not None else 0,
+        NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size, QUERIES=tiles.queries, KEYS=tiles.keys,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+    )  # fmt: skip
     return out

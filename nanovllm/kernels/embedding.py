@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.device import has_pdl
+from nanovllm.kernels.launch import launch
 
 
 @triton.jit
@@ -53,10 +53,8 @@ def resolve_and_embed(
     positions = torch.empty(num_seqs, dtype=torch.int64, device=weight.device)
     out = weight.new_empty(num_seqs, size)
     block = min(1024, triton.next_power_of_2(size))
-    pdl = has_pdl(weight.device)
-    with torch.cuda.device_of(weight):
-        _resolve_and_embed_kernel[(num_seqs, triton.cdiv(size, block))](
-            sources, sampled, context_lens, weight, positions, out, SIZE=size, BLOCK=block,
-            PDL=pdl, launch_pdl=pdl,
-        )  # fmt: skip
+    launch(
+        _resolve_and_embed_kernel, (num_seqs, triton.cdiv(size, block)), weight,
+        sources, sampled, context_lens, weight, positions, out, SIZE=size, BLOCK=block,
+    )  # fmt: skip
     return out, positions

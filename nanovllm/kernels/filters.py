@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.device import has_pdl
+from nanovllm.kernels.launch import launch
 
 
 @triton.jit
@@ -198,11 +198,9 @@ def kept_threshold(
     assert logits.stride(1) == 1
     out = torch.empty_like(temperatures) if out is None else out
     block = min(8192, triton.next_power_of_2(vocab_size))
-    pdl = has_pdl(logits.device)
-    if num_seqs:
-        with torch.cuda.device_of(logits):
-            _threshold_kernel[(num_seqs,)](
-                logits, temperatures, top_ks, top_ps, min_ps, out, logits.stride(0),
-                VOCAB=vocab_size, BLOCK=block, PDL=pdl, launch_pdl=pdl, num_warps=32,
-            )  # fmt: skip
+    launch(
+        _threshold_kernel, (num_seqs,), logits,
+        logits, temperatures, top_ks, top_ps, min_ps, out, logits.stride(0), VOCAB=vocab_size,
+        BLOCK=block, num_warps=32,
+    )  # fmt: skip
     return out

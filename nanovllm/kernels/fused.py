@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.device import has_pdl
+from nanovllm.kernels.launch import launch
 
 
 @triton.jit
@@ -50,15 +50,11 @@ def add_rms_norm(
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
     normed = torch.empty_like(x)
     new_residual = x if residual is None else torch.empty_like(x)
-    pdl = has_pdl(x.device)
     block = triton.next_power_of_2(size)
-    if num_tokens:
-        with torch.cuda.device_of(x):
-            _add_rms_norm_kernel[(num_tokens,)](
-                x, residual, weight, normed, new_residual, eps, SIZE=size, BLOCK=block,
-                ADD=residual is not None, PDL=pdl, launch_pdl=pdl,
-                num_warps=min(max(block // 512, 1), 8),
-            )  # fmt: skip
+    launch(
+        _add_rms_norm_kernel, (num_tokens,), x, x, residual, weight, normed, new_residual, eps,
+        SIZE=size, BLOCK=block, ADD=residual is not None, num_warps=min(max(block // 512, 1), 8),
+    )  # fmt: skip
     return normed, new_residual
 
 
@@ -198,16 +194,13 @@ def qk_norm_rope_store(
     heads = 8 if num_tokens >= 64 else 2
     while num_heads % heads or num_kv_heads % heads:
         heads //= 2
-    pdl = has_pdl(qkv.device)
-    if num_tokens:
-        with torch.cuda.device_of(qkv):
-            _qk_norm_rope_store_kernel[(num_tokens, (num_heads + 2 * num_kv_heads) // heads)](
-                qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q, k, k_cache, v_cache,
-                eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-                BLOCK_D=triton.next_power_of_2(head_dim), HEADS=heads, NORM=q_weight is not None,
-                STORE=store, WRITE_KEY=write_key, PDL=pdl, launch_pdl=pdl,
-                num_warps=4 if heads >= 4 else 1,
-            )  # fmt: skip
+    launch(
+        _qk_norm_rope_store_kernel, (num_tokens, (num_heads + 2 * num_kv_heads) // heads), qkv,
+        qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q, k, k_cache, v_cache, eps,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim), HEADS=heads, NORM=q_weight is not None,
+        STORE=store, WRITE_KEY=write_key, num_warps=4 if heads >= 4 else 1,
+    )  # fmt: skip
     return q, k, v
 
 
@@ -247,10 +240,6 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     assert gate_up.is_contiguous()
     out = gate_up.new_empty(num_tokens, size)
     block = min(1024, triton.next_power_of_2(size))
-    pdl = has_pdl(gate_up.device)
-    if num_tokens:
-        with torch.cuda.device_of(gate_up):
-            _silu_and_mul_kernel[(num_tokens, triton.cdiv(size, block))](
-                gate_up, out, SIZE=size, BLOCK=block, PDL=pdl, launch_pdl=pdl
-            )
+    grid = (num_tokens, triton.cdiv(size, block))
+    launch(_silu_and_mul_kernel, grid, gate_up, gate_up, out, SIZE=size, BLOCK=block)
     return out

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.device import has_pdl, shared_memory
+from nanovllm.kernels.device import shared_memory
 from nanovllm.kernels.fused import silu_times
+from nanovllm.kernels.launch import launch
 
 # Each further token is another pass over the weights in registers; cuBLAS is faster from 3 on, and
 # in layers with thousands of inputs from 2 on.
@@ -113,13 +114,12 @@ def _matvec(
     out = x.new_empty(num_tokens, output_size) if out is None else out
     rows, block, num_warps = config or matvec_config(num_tokens, input_size, norm is not None)
     norm_weight, eps = norm or (None, 0.0)
-    pdl = has_pdl(x.device)
-    with torch.cuda.device_of(x):
-        _matvec_kernel[(triton.cdiv(output_size, rows),)](
-            x, norm_weight, weight, bias, residual, out, eps, TOKENS=num_tokens, N=output_size,
-            K=input_size, ROWS=rows, BLOCK_K=block, TILES=triton.cdiv(input_size, block),
-            NORM=norm is not None, GATED=gated, PDL=pdl, launch_pdl=pdl, num_warps=num_warps,
-        )  # fmt: skip
+    launch(
+        _matvec_kernel, (triton.cdiv(output_size, rows),), x,
+        x, norm_weight, weight, bias, residual, out, eps, TOKENS=num_tokens, N=output_size,
+        K=input_size, ROWS=rows, BLOCK_K=block, TILES=triton.cdiv(input_size, block),
+        NORM=norm is not None, GATED=gated, num_warps=num_warps,
+    )  # fmt: skip
     return out
 
 
@@ -239,13 +239,10 @@ def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     block_m, block_n, num_stages = small_linear_tiles(
         num_tokens, output_size, x.element_size(), shared_memory(x.device)
     )
-    pdl = has_pdl(x.device)
-    grid = (triton.cdiv(output_size, block_n), triton.cdiv(num_tokens, block_m))
-    if num_tokens:
-        with torch.cuda.device_of(x):
-            _small_linear_kernel[grid](
-                x, weight, bias, out, num_tokens, N=output_size, K=input_size, BLOCK_M=block_m,
-                BLOCK_N=block_n, BLOCK_K=256, STAGES=num_stages,
-                PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, launch_pdl=pdl,
-            )  # fmt: skip
+    launch(
+        _small_linear_kernel, (triton.cdiv(output_size, block_n), triton.cdiv(num_tokens, block_m)),
+        x, x, weight, bias, out, num_tokens, N=output_size, K=input_size, BLOCK_M=block_m,
+        BLOCK_N=block_n, BLOCK_K=256, STAGES=num_stages,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
     return out

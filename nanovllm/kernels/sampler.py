@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
-from nanovllm.kernels.device import has_pdl, num_sms
+from nanovllm.kernels.device import num_sms
+from nanovllm.kernels.launch import launch
 
 
 @triton.jit
@@ -154,12 +155,10 @@ def sample(
     per_row = triton.cdiv(4 * num_sms(device), max(num_seqs, 1))
     splits = min(MAX_SPLITS, triton.next_power_of_2(per_row), triton.cdiv(vocab_size, block))
     chunk = triton.cdiv(triton.cdiv(vocab_size, splits), block) * block
-    pdl = has_pdl(device)
-    if num_seqs:
-        with torch.cuda.device_of(logits):
-            _sample_kernel[(num_seqs, splits)](
-                logits, temperatures, seeds, positions, thresholds, out, *workspace,
-                logits.stride(0), chunk, VOCAB=vocab_size, MAX_SPLITS=MAX_SPLITS, BLOCK=block,
-                FAST=device.type == "cuda", PDL=pdl, launch_pdl=pdl, num_warps=8,
-            )  # fmt: skip
+    launch(
+        _sample_kernel, (num_seqs, splits), logits,
+        logits, temperatures, seeds, positions, thresholds, out, *workspace, logits.stride(0),
+        chunk, VOCAB=vocab_size, MAX_SPLITS=MAX_SPLITS, BLOCK=block, FAST=device.type == "cuda",
+        num_warps=8,
+    )  # fmt: skip
     return out

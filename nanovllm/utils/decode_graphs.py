@@ -78,6 +78,21 @@ class StepTensors(NamedTuple):
     seeds: Tensor
     filters: Filters | None
 
+    def context(
+        self, block_size: int, workspace: tuple[Tensor, ...] | None, key_lens: list[int]
+    ) -> Context:
+        """The step's layout; key_lens: context_lens on the host, empty if unknown there."""
+        return Context(
+            is_prefill=False,
+            slot_mapping=self.slot_mapping,
+            query_lens=[1] * len(key_lens),
+            key_lens=key_lens,
+            block_size=block_size,
+            context_lens=self.context_lens,
+            block_tables=self.block_tables,
+            decode_workspace=workspace,
+        )
+
 
 class Staging:
     """Pinned host memory that one step's inputs are written to and copied from."""
@@ -160,7 +175,7 @@ class DecodeGraphs:
         self.inputs.fields[1] = -1
         for size in sorted(sizes, reverse=True):
             tensors = self.inputs.tensors(size)
-            context = self._context(tensors)
+            context = tensors.context(self.block_size, self.workspace, key_lens=[])
             self.step(tensors, context)  # compiles and loads what cannot be while capturing
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -176,15 +191,3 @@ class DecodeGraphs:
         staging.write(rows, size)
         staging.copy_to(self.inputs, size)
         self.graphs[size].replay()
-
-    def _context(self, tensors: StepTensors) -> Context:
-        return Context(
-            is_prefill=False,
-            slot_mapping=tensors.slot_mapping,
-            query_lens=[],
-            key_lens=[],
-            block_size=self.block_size,
-            context_lens=tensors.context_lens,
-            block_tables=tensors.block_tables,
-            decode_workspace=self.workspace,
-        )
