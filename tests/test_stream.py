@@ -213,6 +213,7 @@ def test_the_garbage_collector_may_close_a_stream_in_the_middle_of_a_step(
     real = getattr(BlockManager, name)
 
     def collecting(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(BlockManager, name, real)  # once is enough
         gc.collect()
         return real(*args, **kwargs)
 
