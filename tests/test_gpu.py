@@ -50,7 +50,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def engine(**options: Any) -> LLM:
     """The tiny checkpoint; few sizes of graphs, so that it starts quickly."""
-    defaults = {"max_num_seqs": 64, "max_model_len": 1024, "gpu_memory_utilization": 0.3}
+    defaults = {"max_num_seqs": 64, "max_model_len": 1024, "gpu_memory_utilization": 0.15}
     return LLM(str(TINY), **(defaults | options))
 
 
@@ -309,7 +309,7 @@ def test_long_contexts_equal_transformers(checkpoint: CheckpointFactory) -> None
     spec = ModelSpec(max_position_embeddings=40_960)
     model = checkpoint(spec)
     prompt = random_prompts([32_000], spec.vocab_size)[0]
-    options = {"dtype": "bfloat16", "max_model_len": 33_000, "gpu_memory_utilization": 0.3}
+    options = {"dtype": "bfloat16", "max_model_len": 33_000, "gpu_memory_utilization": 0.15}
     logits: list[Tensor] = []
     with LLM(str(model), enforce_eager=True, **options) as llm:
         assert llm.model_runner is not None
@@ -334,7 +334,7 @@ def test_float32_on_cuda_is_exact(checkpoint: CheckpointFactory) -> None:
     model = checkpoint(ModelSpec(max_position_embeddings=1024))
     prompts = random_prompts([1, 15, 16, 17, 255, 256, 257, 700], vocab_size=307, seed=3)
     exact = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).cuda()
-    with LLM(str(model), dtype="float32", gpu_memory_utilization=0.3) as llm:
+    with LLM(str(model), dtype="float32", gpu_memory_utilization=0.15) as llm:
         assert llm.model_runner is not None
         assert llm.model_runner.backend == "torch"
         outputs = completions(llm, prompts, max_tokens=64)
@@ -393,13 +393,13 @@ def test_store_kvcache_reaches_slots_past_2_to_the_31() -> None:
 def test_pool_is_the_engines_share_of_the_gpu() -> None:
     """Whatever others hold: it limits what is free, but is not charged to the engine."""
     total = torch.cuda.get_device_properties(0).total_memory
-    alone = engine()
+    alone = engine(gpu_memory_utilization=0.3)
     assert alone.model_runner is not None
     size = alone.model_runner.kv_cache.nbytes
     assert 0.25 * total < size <= 0.3 * total
     alone.exit()
     someone_elses = torch.empty(int(0.4 * total), dtype=torch.uint8, device="cuda")
-    beside = engine()
+    beside = engine(gpu_memory_utilization=0.3)
     assert beside.model_runner is not None
     assert abs(beside.model_runner.kv_cache.nbytes - size) < 512 * MIB
     beside.exit()
