@@ -36,7 +36,7 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **options
         key = (id(kernel), on.device.index, *map(_kind, args), *options.values())
         if key in _compiled:
             compiled, constants = _compiled[key]
-            compiled[grid](*args, *constants)
+            compiled[(*grid, 1, 1)[:3]](*args, *constants)
             return
         compiled = kernel[grid](*args, **options)
         if isinstance(compiled, CompiledKernel):  # not interpreted
