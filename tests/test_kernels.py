@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor
 
 from nanovllm.layers.activation import silu_and_mul
@@ -458,6 +459,46 @@ def test_sample_leaves_out_what_lies_below_the_threshold(dtype: torch.dtype) -> 
     assert not torch.equal(ids, plain)
 
 
+# Likeliest first, and how many of them each filter keeps: counted by hand.
+PROBABILITIES = [0.36, 0.2, 0.13, 0.09, 0.07, 0.05, 0.04, 0.03, 0.02, 0.01]
+KEPT: list[tuple[int, float, float, int]] = [
+    (4, 1.0, 0.0, 4),
+    (0, 0.82, 0.0, 5),  # four have 0.78 and five 0.85
+    (0, 1.0, 0.125, 6),  # from 0.045 upwards
+    (8, 0.82, 0.125, 4),  # min_p leaves six, of 0.9; three have less than 0.738
+    (5, 0.8, 0.04, 3),  # top_k leaves five, of 0.85; two have less than 0.68
+]
+
+
+@runs_kernels
+@pytest.mark.parametrize(("top_k", "top_p", "min_p", "num_kept"), KEPT)
+def test_draws_follow_the_filtered_distribution(
+    top_k: int, top_p: float, min_p: float, num_kept: int
+) -> None:
+    """Chi-square of what the two kernels make together; what is left out never comes."""
+    from nanovllm.kernels import filters, sampler
+
+    num_draws, temperature, vocab_size = 100_000 if CUDA else 400, 0.5, 5000 if CUDA else 50
+    places = torch.arange(len(PROBABILITIES), device=DEVICE) * (vocab_size // 10) + 3
+    logits = torch.full((vocab_size,), -math.inf, dtype=DTYPES[0], device=DEVICE)
+    logits[places] = (temperature * torch.tensor(PROBABILITIES).log()).to(logits)
+    rows, numbers = logits.expand(num_draws, -1), torch.arange(num_draws, device=DEVICE)
+    temperatures, top_ps, min_ps = (
+        torch.full((num_draws,), value, device=DEVICE) for value in (temperature, top_p, min_p)
+    )
+    asked = torch.full_like(numbers, top_k).int(), top_ps, min_ps
+    num_rows = num_draws if CUDA else 1  # interpreted, a row takes a tenth of a second
+    thresholds = filters.kept_threshold(
+        rows[:num_rows], temperatures[:num_rows], *(values[:num_rows] for values in asked)
+    )
+    thresholds = thresholds.expand(num_draws).contiguous()
+    ids = sampler.sample(rows, temperatures, numbers, numbers, thresholds)
+    counts = ids.bincount(minlength=vocab_size)[places[:num_kept]].double().cpu()
+    assert counts.sum() == num_draws
+    expected = (logits[places[:num_kept]].double() / temperature).softmax(dim=-1).cpu() * num_draws
+    assert stats.chisquare(counts.numpy(), expected.numpy()).pvalue > 0.001
+
+
 @pytest.mark.parametrize("varies", ["seed", "position"])
 def test_sampled_ids_are_distributed_as_the_softmax(varies: str) -> None:
     """Of the twin, which the kernel equals: frequencies within five standard deviations."""
@@ -496,7 +537,9 @@ def test_matvec(num_tokens: int, dtype: torch.dtype) -> None:
 @runs_kernels
 @dtypes
 @pytest.mark.parametrize("num_tokens", [1, 21, 64])
-@pytest.mark.parametrize(("outputs", "inputs"), [(90, 400), (64, 1536), (4096, 256)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(90, 400), (64, 1536), (4096 if CUDA else 96, 256)]
+)
 def test_small_linear(outputs: int, inputs: int, num_tokens: int, dtype: torch.dtype) -> None:
     """Tiles that divide the weight and ones that do not; inputs in one part and in several."""
     from nanovllm.kernels.small_linear import small_linear, small_linear_counters
