@@ -1,11 +1,13 @@
 """After an exception or Ctrl-C anywhere in a step, the engine is as if it had not happened.
 
-Two kinds of faults are planted: an exception in the k-th call of one of the engine's parts, before
-or after it has done its work, and KeyboardInterrupt at the k-th place where Python may raise it.
+Three kinds of faults are planted: an exception in the k-th call of one of the engine's parts, of
+the tokenizer or of the caller's loop, before or after it has done its work; KeyboardInterrupt at
+the k-th place where Python may raise it; and a signal at any time.
 """
 
 import contextlib
 import random
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from dis import opname
 from itertools import count
 from pathlib import Path
+from time import perf_counter
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -75,6 +78,14 @@ class Expected(NamedTuple):
 
 class Fault(Exception):
     """What a planted fault raises."""
+
+
+class Caller:
+    """Who loops over `step` or over a stream, and may raise an exception there."""
+
+    @staticmethod
+    def look_at(result: object) -> None:
+        """What the body of the loop does with what it is given."""
 
 
 # --- the engine under test -------------------------------------------------------------------
@@ -150,7 +161,9 @@ def llm(
     torch.set_num_threads(num_threads)
 
 
-def generate(llm: LLMEngine, prompts: Completions, params: list[SamplingParams]) -> Completions:
+def generate(
+    llm: LLMEngine, prompts: Completions | list[str], params: list[SamplingParams]
+) -> Completions:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     for output in outputs:
         assert_aligned(output["token_ids"], output.get("logprobs"))
@@ -191,6 +204,7 @@ def finish(
             for seq_id, completion in llm.step()[0]:
                 assert seq_id not in results, "reported twice"
                 results[seq_id] = completion
+            Caller.look_at(results)
         except passed_over:
             pass
     assert llm._in_flight is None
@@ -270,11 +284,15 @@ PARTS: list[tuple[Any, str]] = [
     (BlockManager, "deallocate"),
     (ModelRunner, "launch"),
     (Qwen3ForCausalLM, "forward"),
+    (ModelRunner, "_sample"),
     (Launched, "token_ids"),
 ]
-PART_NAMES = [f"{owner.__name__.split('.')[-1]}.{name}" for owner, name in PARTS]
-each_part = pytest.mark.parametrize(("owner", "name"), PARTS, ids=PART_NAMES)
-each_part_of_a_step = pytest.mark.parametrize(("owner", "name"), PARTS[2:], ids=PART_NAMES[2:])
+STEP_PARTS: list[tuple[Any, str]] = [*PARTS[2:], (Caller, "look_at")]
+
+
+def parametrize_parts(parts: list[tuple[Any, str]]) -> pytest.MarkDecorator:
+    names = [f"{owner.__name__}.{name}" for owner, name in parts]
+    return pytest.mark.parametrize(("owner", "name"), parts, ids=names)
 
 
 @contextmanager
@@ -310,7 +328,7 @@ def random_places(action: Action, what: str, num_places: int, seed: str) -> list
     return random.Random(seed).sample(range(1, num_all + 1), min(num_places, num_all))
 
 
-@each_part
+@parametrize_parts(PARTS)
 def test_an_exception_in_generate_leaves_no_trace(
     llm: LLM, expected: Expected, owner: Any, name: str, tally: Tally
 ) -> None:
@@ -326,7 +344,7 @@ def test_an_exception_in_generate_leaves_no_trace(
         assert_works(llm, expected)
 
 
-@each_part
+@parametrize_parts(PARTS)
 def test_requests_queued_before_survive_an_exception_in_generate(
     llm: LLM, expected: Expected, owner: Any, name: str, tally: Tally
 ) -> None:
@@ -345,7 +363,7 @@ def test_requests_queued_before_survive_an_exception_in_generate(
     assert_works(llm, expected)
 
 
-@each_part_of_a_step
+@parametrize_parts(STEP_PARTS)
 def test_a_loop_over_step_goes_on_after_an_exception(
     llm: LLM, expected: Expected, owner: Any, name: str, tally: Tally
 ) -> None:
@@ -537,14 +555,21 @@ def test_ctrl_c_anywhere_in_abort_request(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
-    [(ModelRunner, "launch"), (tqdm, "update")],
+    ("owner", "name", "num_calls", "num_others"),
+    [(ModelRunner, "launch", 2, 2), (tqdm, "update", 1, 1)],
     ids=["in_a_step", "after_a_step"],
 )
 def test_a_second_ctrl_c_while_generate_cleans_up_corrupts_nothing(
-    llm: LLM, expected: Expected, owner: Any, name: str, tally: Tally
+    llm: LLM,
+    expected: Expected,
+    owner: Any,
+    name: str,
+    num_calls: int,
+    num_others: int,
+    tally: Tally,
 ) -> None:
     """Some of its requests may be left; they come to their end, and the others come to theirs."""
+    others, params = OTHERS[-num_others:], OTHER_PARAMS[-num_others:]
     clean_up = llm._abort
     num_interrupts, own_ids = 1, set[int]()
     for k in count(1):
@@ -552,16 +577,17 @@ def test_a_second_ctrl_c_while_generate_cleans_up_corrupts_nothing(
         def interrupted_clean_up(seq_ids: set[int], k: int = k) -> None:
             nonlocal num_interrupts, own_ids
             own_ids = seq_ids
+            assert len(llm._requests) > num_others, "the others are under way too"
             with interrupt_at(k, *BOOKKEEPING) as seen, contextlib.suppress(KeyboardInterrupt):
                 clean_up(seq_ids)
             num_interrupts = seen["interrupts"]
 
-        seq_ids = add_all(llm, OTHERS, OTHER_PARAMS)
+        seq_ids = add_all(llm, others, params)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(llm, "_abort", interrupted_clean_up)
-            with fault_at_call(owner, name, 2, after=True), pytest.raises(Fault):
-                generate(llm, OWN, OWN_PARAMS)
-        assert finish(llm, seq_ids, may_be_left=own_ids) == expected.others
+            with fault_at_call(owner, name, num_calls, after=True), pytest.raises(Fault):
+                generate(llm, [[5], [6]], [greedy(1), greedy(3)])
+        assert finish(llm, seq_ids, may_be_left=own_ids) == expected.others[-num_others:]
         assert_no_trace(llm)
         if not num_interrupts:
             break
@@ -574,9 +600,12 @@ def test_a_second_ctrl_c_while_generate_cleans_up_corrupts_nothing(
 
 
 class Words:
-    """A tokenizer that writes id 5 as "w5 "; prompts are ids."""
+    """A tokenizer that writes id 5 as "w5 "."""
 
     all_special_ids: tuple[int, ...] = ()
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [int(word[1:]) for word in text.split()]
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         return "".join(f"w{token_id} " for token_id in token_ids)
@@ -601,14 +630,15 @@ def streamed(llm: LLM, params: list[SamplingParams]) -> Completions:
     completions: Completions = [[] for _ in OWN]
     for piece in llm.stream(OWN, params):
         completions[piece["index"]] += piece["token_ids"]
+        Caller.look_at(piece)
     return completions
 
 
-STREAM_PARTS = [*PARTS[2:], (Detokenizer, "update")]
+STREAM_PARTS = [*STEP_PARTS, (Detokenizer, "update"), (Words, "decode")]
 STREAM_FILES = [str(m.__file__) for m in (llm_engine, scheduler, detokenizer, streaming)]
 
 
-@pytest.mark.parametrize(("owner", "name"), STREAM_PARTS, ids=[*PART_NAMES[2:], "Detokenizer"])
+@parametrize_parts(STREAM_PARTS)
 def test_an_exception_in_a_stream_leaves_no_trace_and_others_survive(
     llm: LLM,
     stopping: list[SamplingParams],
@@ -628,6 +658,27 @@ def test_an_exception_in_a_stream_leaves_no_trace_and_others_survive(
     for index, k in enumerate(random_places(action, "calls", 2, seed=name)):
         assert action(k, after=index % 2 == 0)["faults"] == 1
         tally.count("interruption: exceptions in a stream")
+        assert_no_trace(llm)
+    assert_works(llm, expected)
+
+
+@pytest.mark.parametrize("name", ["encode", "decode"])
+def test_an_exception_of_the_tokenizer_in_generate_leaves_no_trace_and_others_survive(
+    llm: LLM, stopping: list[SamplingParams], expected: Expected, name: str, tally: Tally
+) -> None:
+    """While prompts are encoded, stop texts are looked for, or results are written out."""
+    texts = [Words().decode(ids, skip_special_tokens=False) for ids in OWN]
+
+    def action(k: int, after: bool = False) -> Counter[str]:
+        seq_ids = add_all(llm, OTHERS, OTHER_PARAMS)
+        with fault_at_call(Words, name, k, after) as seen, contextlib.suppress(Fault):
+            assert generate(llm, texts, stopping)[:-1] == stopped(expected)
+        assert finish(llm, seq_ids) == expected.others
+        return seen
+
+    for index, k in enumerate(random_places(action, "calls", 6, seed=name)):
+        assert action(k, after=index % 2 == 0)["faults"] == 1
+        tally.count("interruption: exceptions of the tokenizer in generate")
         assert_no_trace(llm)
     assert_works(llm, expected)
 
@@ -667,3 +718,88 @@ def test_stop_texts_are_found_in_a_loop_that_goes_on_after_ctrl_c(
         tally.count("interruption: Ctrl-C in step with stop texts")
         assert_no_trace(llm)
     assert_works(llm, expected)
+
+
+# --- signals ---------------------------------------------------------------------------------
+
+
+class Signal:
+    """Sends SIGINT once, some time after an action has begun; Python raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.is_armed = False
+
+    def send(self, number: int, frame: FrameType | None) -> None:
+        if self.is_armed:
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupts(self, action: Callable[[], object], delay: float) -> bool:
+        """Whether the signal came before the action was done; `delay` > 0 is in seconds."""
+        self.is_armed = True
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                action()
+            finally:
+                self.is_armed = False
+        except KeyboardInterrupt:
+            return True
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        return False
+
+
+@pytest.fixture
+def sigint() -> Iterator[Signal]:
+    sender = Signal()
+    previous = signal.signal(signal.SIGALRM, sender.send)
+    previous_sigint = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield sender
+    signal.signal(signal.SIGINT, previous_sigint)
+    signal.signal(signal.SIGALRM, previous)
+
+
+def generate_alone(llm: LLM, expected: Expected) -> None:
+    assert generate(llm, OWN, OWN_PARAMS)[:-1] == expected.own
+
+
+def stream_alone(llm: LLM, expected: Expected) -> None:
+    assert streamed(llm, OWN_PARAMS)[:-1] == expected.own
+
+
+def step_and_abort(llm: LLM, expected: Expected) -> None:
+    """A loop over `step` whose requests are aborted if it is left."""
+    seq_ids: list[int] = []
+    try:
+        seq_ids += add_all(llm, OWN, OWN_PARAMS)
+        results: dict[int, list[int]] = {}
+        while not llm.is_finished():
+            results.update(llm.step()[0])
+        assert [results[seq_id] for seq_id in seq_ids][:-1] == expected.own
+    finally:
+        for seq_id in {*seq_ids, *llm._requests}:  # the ids may not have come back
+            llm.abort_request(seq_id)
+
+
+@pytest.mark.parametrize("act", [generate_alone, stream_alone, step_and_abort])
+def test_a_signal_at_any_time_leaves_no_trace(
+    llm: LLM,
+    expected: Expected,
+    act: Callable[[LLM, Expected], None],
+    sigint: Signal,
+    tally: Tally,
+) -> None:
+    began = perf_counter()
+    act(llm, expected)
+    duration = perf_counter() - began
+    rng = random.Random(act.__name__)
+    num_interrupts = 0
+    for _ in range(100):
+        forget_prefixes(llm)
+        delay = duration * rng.uniform(0.01, 1)
+        num_interrupts += sigint.interrupts(lambda: act(llm, expected), delay)
+        assert_works(llm, expected)
+        if num_interrupts == 9:
+            break
+    assert num_interrupts == 9
+    tally.count(f"interruption: SIGINT in {act.__name__}", num_interrupts)
