@@ -8,9 +8,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -69,8 +71,53 @@ class Tally:
 TALLY_KEY = pytest.StashKey[Tally]()
 
 
+class Command:
+    """A process that runs from the repository's root, beside the tests; `finish` waits for it."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            arguments,
+            cwd=Path(__file__).parents[1],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        # Somebody has to read, or else the process would wait when the pipe is full.
+        self._output = ThreadPoolExecutor(1).submit(lambda: self.process.communicate()[0])
+
+    def finish(self) -> tuple[int, str]:
+        """Its exit status and all that it wrote."""
+        output = self._output.result()
+        return self.process.returncode, output
+
+
+COMMANDS_KEY = pytest.StashKey[dict[str, Command]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start what tests marked `beside` will wait for: it takes long, and the tests one core."""
+    commands = session.config.stash[COMMANDS_KEY]
+    for item in () if session.config.option.collectonly else session.items:
+        if mark := item.get_closest_marker("beside"):
+            commands[item.nodeid] = Command(*mark.args, **mark.kwargs)
+
+
+@pytest.fixture
+def command(request: pytest.FixtureRequest) -> Command:
+    """The process of a test marked `beside`."""
+    return request.config.stash[COMMANDS_KEY][request.node.nodeid]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for command in config.stash[COMMANDS_KEY].values():
+        command.process.kill()
+        command.finish()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TALLY_KEY] = Tally()
+    config.stash[COMMANDS_KEY] = {}
 
 
 def pytest_terminal_summary(

@@ -7,15 +7,14 @@ and the launches are compiled for GPUs that need not be there, to see that their
 
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Command
 from scipy import stats
 from torch import Tensor
 
@@ -46,17 +45,17 @@ def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
-@pytest.mark.skipif(INTERPRETED or CUDA, reason="is the interpreted run, or needs none")
-def test_interpreted() -> None:
-    """The tests below, interpreted, in a process of their own: Triton reads the flag on import."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
+if not (INTERPRETED or CUDA):
+
+    @pytest.mark.beside(
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__),
+        TRITON_INTERPRET="1",
+        OMP_NUM_THREADS="1",
     )
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-1000:]
+    def test_interpreted(command: Command) -> None:
+        """The tests below, interpreted, in another process: Triton reads the flag on import."""
+        status, output = command.finish()
+        assert status == 0, output[-6000:]
 
 
 def error(out: Tensor, reference: Tensor) -> float:

@@ -9,6 +9,9 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
+from conftest import Command
+
 import nanovllm
 
 ROOT = Path(__file__).parents[1]
@@ -67,10 +70,13 @@ def test_lint_and_format() -> None:
         assert result.returncode == 0, result.stdout
 
 
-def test_bookkeeping_passes_strict_type_checks() -> None:
-    targets = ["nanovllm/engine", "nanovllm/config.py", "nanovllm/sampling_params.py"]
-    result = run(sys.executable, "-m", "mypy", "--strict", *targets)
-    assert result.returncode == 0, result.stdout
+BOOKKEEPING = ("nanovllm/engine", "nanovllm/config.py", "nanovllm/sampling_params.py")
+
+
+@pytest.mark.beside(sys.executable, "-m", "mypy", "--strict", *BOOKKEEPING)
+def test_bookkeeping_passes_strict_type_checks(command: Command) -> None:
+    status, output = command.finish()
+    assert status == 0, output
 
 
 def test_requirements_satisfy_what_the_package_claims() -> None:
