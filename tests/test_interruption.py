@@ -100,7 +100,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
@@ -503,10 +503,10 @@ def test_ctrl_c_anywhere_in_a_step_in_which_requests_end_loses_none(
     llm: LLM, expected: Expected, tally: Tally
 ) -> None:
     for k in count(1):
-        seq_ids = add_all(llm, OTHERS, [greedy(1, logprobs=1)] * 3)
+        seq_ids = add_all(llm, OTHERS[::2], [greedy(1, logprobs=1)] * 2)
         with interrupt_at(k, *BOOKKEEPING) as seen:
             completions = finish(llm, seq_ids, KeyboardInterrupt)
-        assert completions == [ids[:1] for ids in expected.others]
+        assert completions == [ids[:1] for ids in expected.others[::2]]
         assert_no_trace(llm)
         if not seen["interrupts"]:
             break
