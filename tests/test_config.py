@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, kernels
 from nanovllm.config import Config, ModelConfig
+from nanovllm.engine import model_runner
+from nanovllm.layers.attention import select_backend
 from nanovllm.utils import memory
 
 QWEN3: dict[str, Any] = {
@@ -323,6 +325,22 @@ def test_sliding_windows_are_refused(keys: dict[str, Any], model_dir: ConfigFact
         LLM(str(model_dir(**keys)))
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"architectures": "Qwen3ForCausalLM"}, "must be a list, got 'Qwen3ForCausalLM'"),
+        ({"rope_parameters": "default"}, "rope_parameters must be an object, got 'default'"),
+        ({"rope_scaling": ["yarn"]}, "rope_scaling must be an object, got ['yarn']"),
+        ({"quantization_config": "awq"}, "quantization_config must be an object, got 'awq'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not implemented"),
+    ],
+    ids=str,
+)
+def test_a_key_that_cannot_be_read_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model_config(**keys)
+
+
 def test_sliding_windows_that_are_off_are_no_matter() -> None:
     layer_types = ["full_attention"] * 2
     model_config(use_sliding_window=False, sliding_window=4096, layer_types=layer_types)
@@ -422,6 +440,27 @@ def test_the_free_memory_is_some_gibibytes_at_least() -> None:
     assert memory.free_cpu_memory() > 1 << 28
 
 
+@pytest.mark.parametrize(
+    ("pages", "expected"), [({"SC_AVPHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}, 12288), ({}, 16 << 30)]
+)
+def test_the_free_memory_where_there_is_no_proc(
+    pages: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the C library knows; or else enough for the largest pool."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    def sysconf(name: str) -> int:
+        if name not in pages:
+            raise ValueError("unrecognized configuration name")
+        return pages[name]
+
+    monkeypatch.setattr(memory, "open", refuse, raising=False)
+    monkeypatch.setattr(memory.os, "sysconf", sysconf)
+    assert memory.free_cpu_memory() == expected
+
+
 def test_the_size_of_the_pool_is_logged_at_start_up(
     model_dir: ConfigFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -435,6 +474,67 @@ def test_the_size_of_the_pool_is_logged_at_start_up(
 def test_cuda_without_a_gpu_is_refused(model_dir: ConfigFactory) -> None:
     with pytest.raises(ValueError, match=mentions("device='cuda'", "no CUDA GPU")):
         dummy(model_dir(), device="cuda")
+
+
+@pytest.fixture
+def two_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of GPUs before sm_80; the second is the current one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+
+
+@pytest.mark.usefixtures("two_old_gpus")
+@pytest.mark.parametrize(
+    ("option", "expected"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")]
+)
+def test_with_gpus_the_device_is_the_current_one_unless_asked_for_another(
+    option: str, expected: str
+) -> None:
+    assert model_runner._resolve_device(option) == torch.device(expected)
+
+
+@pytest.mark.usefixtures("two_old_gpus")
+def test_a_gpu_that_there_is_not_is_refused(model_dir: ConfigFactory) -> None:
+    with pytest.raises(ValueError, match=mentions("device='cuda:2'", "2 GPUs")):
+        dummy(model_dir(), device="cuda:2")
+
+
+@pytest.mark.usefixtures("two_old_gpus")
+@pytest.mark.parametrize(
+    ("checkpoint", "is_old", "expected"),
+    [
+        ("bfloat16", True, torch.float16),
+        ("bfloat16", False, torch.bfloat16),
+        ("float16", True, torch.float16),
+        ("float32", True, torch.float32),
+    ],
+)
+def test_on_a_gpu_the_dtype_is_the_checkpoints_but_for_bfloat16_where_there_is_none(
+    checkpoint: str, is_old: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_old:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert model_runner._resolve_dtype("auto", checkpoint, torch.device("cuda", 1)) is expected
+
+
+@pytest.mark.usefixtures("two_old_gpus")
+@pytest.mark.parametrize(
+    ("backend", "dtype", "reason"),
+    [
+        ("flash_attn", torch.float32, "the dtype is torch.float32, not float16 or bfloat16"),
+        ("flash_attn", torch.float16, "the GPU is older than sm_80"),
+        ("triton", torch.float32, "the dtype is torch.float32, not float16 or bfloat16"),
+        ("triton", torch.float16, "the package triton is not installed"),
+    ],
+)
+def test_a_back_end_that_a_gpu_cannot_run_is_refused_with_the_reason(
+    backend: str, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "usable", lambda device: False)
+    with pytest.raises(ValueError, match=mentions(repr(backend), reason)):
+        select_backend(backend, torch.device("cuda", 1), dtype, block_size=256, head_dim=64)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import TINY
+from conftest import TINY, Tally
 
 from nanovllm import SamplingParams
 from nanovllm.engine.detokenizer import MAX_WINDOW, Detokenizer, find_hidden_ids
@@ -70,7 +70,7 @@ def cut(text: str, stops: Iterable[str]) -> tuple[str, str | None]:
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_the_pieces_of_a_text_are_the_whole(seed: int, byte_level: Any) -> None:
+def test_the_pieces_of_a_text_are_the_whole(seed: int, byte_level: Any, tally: Tally) -> None:
     rng = random.Random(seed)
     text = random_text(rng)
     ids = byte_level.encode(text)
@@ -80,11 +80,13 @@ def test_the_pieces_of_a_text_are_the_whole(seed: int, byte_level: Any) -> None:
         whole = byte_level.decode(ids, skip_special_tokens=skip)
         assert "".join(pieces) == detokenizer.text == whole
         assert whole == (text.replace("<|im_end|>", "") if skip else text)
+        tally.count("detokenizer: texts in pieces")
+        tally.count("detokenizer: pieces", sum(map(bool, pieces)))
 
 
 @pytest.mark.parametrize("seed", range(200))
 def test_a_text_is_cut_before_the_stop_text_that_is_complete_first(
-    seed: int, byte_level: Any
+    seed: int, byte_level: Any, tally: Tally
 ) -> None:
     """Stop texts from the text itself, which begin and end within tokens as they happen to."""
     rng = random.Random(seed)
@@ -102,6 +104,14 @@ def test_a_text_is_cut_before_the_stop_text_that_is_complete_first(
     assert detokenizer.update(PROMPT + ids[:num_tokens], is_final=True) == stop
     before = byte_level.decode(ids[: num_tokens - 1]).rstrip("\ufffd")
     assert stop is None or stop not in before, "it was complete with an earlier token"
+    tally.count("detokenizer: texts with stop texts")
+    tally.count("detokenizer: pieces", sum(map(bool, pieces)))
+    tally.count("detokenizer: stop texts hit", stop is not None)
+    if stop is not None:
+        begins_within = all(byte_level.decode(ids[:n]) != expected for n in range(num_tokens))
+        ends_within = byte_level.decode(ids[:num_tokens]) != expected + stop
+        tally.count("detokenizer: stop texts that begin within a token", begins_within)
+        tally.count("detokenizer: stop texts that end within a token", ends_within)
 
 
 def random_ids(rng: random.Random, tokenizer: Any) -> list[int]:

@@ -117,6 +117,12 @@ def test_what_each_filter_keeps(params: dict[str, Any], num_kept: int) -> None:
     assert (logits >= threshold_of(logits, SamplingParams(**params))).sum() == num_kept
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}], ids=str)
+def test_a_row_of_nothing_but_minus_infinity_keeps_all(filters: dict[str, Any]) -> None:
+    logits = torch.full((5,), -math.inf)
+    assert threshold_of(logits, SamplingParams(**filters)) == -math.inf
+
+
 def test_rows_are_filtered_each_by_its_own() -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     rows = [

@@ -261,6 +261,14 @@ def test_a_wrong_shape_is_refused(name: str, shape: list[int], copied: CopyFacto
     refused(model_dir, name, str(shape), str(expected))
 
 
+def test_a_tensor_of_integers_is_refused_as_quantised(copied: CopyFactory) -> None:
+    model_dir = copied(ModelSpec())
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = load_file(model_dir / WEIGHTS)[name]
+    rewrite(model_dir, **{name: weight.to(torch.int8)})
+    refused(model_dir, name, "torch.int8", "quantised checkpoints are not implemented")
+
+
 @pytest.mark.parametrize(
     "name",
     [

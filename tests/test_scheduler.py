@@ -791,3 +791,11 @@ def test_start_over_gives_back_what_had_ended_when_the_step_broke_off(
     assert at_limit.is_finished
     assert stopped.is_finished
     assert_queues(scheduler, [], [going_on])
+
+
+def test_a_sequence_shows_how_far_it_is() -> None:
+    scheduler = make_scheduler()
+    seq = add(scheduler, 5)
+    read(scheduler, must_schedule(scheduler))
+    shown = f"Sequence({seq.seq_id}, RUNNING, 5 prompt + 1 tokens, 5 computed)"
+    assert repr(seq) == shown
