@@ -730,7 +730,10 @@ class Signal:
         self.is_armed = False
 
     def send(self, number: int, frame: FrameType | None) -> None:
-        if self.is_armed:
+        """A little later if it would hit who measures coverage, and leave its lock taken."""
+        if frame is not None and frame.f_globals.get("__name__", "").startswith("coverage."):
+            signal.setitimer(signal.ITIMER_REAL, 1e-4)
+        elif self.is_armed:
             signal.raise_signal(signal.SIGINT)
 
     def interrupts(self, action: Callable[[], object], delay: float) -> bool:
