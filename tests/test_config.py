@@ -14,6 +14,7 @@ import transformers
 from nanovllm import LLM, SamplingParams, kernels
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine import model_runner
+from nanovllm.layers import attention
 from nanovllm.layers.attention import select_backend
 from nanovllm.utils import memory
 
@@ -521,20 +522,46 @@ def test_on_a_gpu_the_dtype_is_the_checkpoints_but_for_bfloat16_where_there_is_n
 
 @pytest.mark.usefixtures("two_old_gpus")
 @pytest.mark.parametrize(
-    ("backend", "dtype", "reason"),
+    ("backend", "dtype", "head_dim", "reason"),
     [
-        ("flash_attn", torch.float32, "the dtype is torch.float32, not float16 or bfloat16"),
-        ("flash_attn", torch.float16, "the GPU is older than sm_80"),
-        ("triton", torch.float32, "the dtype is torch.float32, not float16 or bfloat16"),
-        ("triton", torch.float16, "the package triton is not installed"),
+        ("flash_attn", torch.float32, 64, "the dtype is torch.float32, not float16 or bfloat16"),
+        ("flash_attn", torch.float16, 64, "the GPU is older than sm_80"),
+        ("flash_attn", torch.float16, 60, "head_dim 60 is no multiple of 8"),
+        ("triton", torch.float32, 64, "the dtype is torch.float32, not float16 or bfloat16"),
+        ("triton", torch.float16, 64, "the package triton is not installed"),
+        ("triton", torch.float16, 24, "head_dim 24 is no multiple of 16 from 32"),
     ],
 )
 def test_a_back_end_that_a_gpu_cannot_run_is_refused_with_the_reason(
-    backend: str, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, dtype: torch.dtype, head_dim: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "usable", lambda device: False)
     with pytest.raises(ValueError, match=mentions(repr(backend), reason)):
-        select_backend(backend, torch.device("cuda", 1), dtype, block_size=256, head_dim=64)
+        select_backend(backend, torch.device("cuda", 1), dtype, 256, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [
+        ((9, 0), {"triton", "flash_attn"}, "triton"),
+        ((9, 0), {"flash_attn"}, "flash_attn"),
+        ((9, 0), set(), "torch"),
+        ((7, 5), {"flash_attn"}, "torch"),
+        ((7, 5), {"triton", "flash_attn"}, "triton"),
+    ],
+)
+def test_auto_takes_the_fastest_back_end_that_a_gpu_can_run(
+    capability: tuple[int, int],
+    installed: set[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(kernels, "usable", lambda device: "triton" in installed)
+    monkeypatch.setattr(attention, "find_spec", lambda name: name in installed or None)
+    device = torch.device("cuda", 0)
+    assert select_backend("auto", device, torch.float16, 256, head_dim=64) == expected
+    assert select_backend(expected, device, torch.float16, 256, head_dim=64) == expected
 
 
 @pytest.mark.parametrize(

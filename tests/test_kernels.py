@@ -535,6 +535,16 @@ def test_matvec(num_tokens: int, dtype: torch.dtype) -> None:
 
 @runs_kernels
 @dtypes
+def test_matvec_of_inputs_that_the_widest_tile_would_not_fill(dtype: torch.dtype) -> None:
+    from nanovllm.kernels import gemv
+
+    x, weight, residual = (randn(*size, dtype=dtype) for size in ((1, 1200), (8, 1200), (1, 8)))
+    expected = residual.double() + F.linear(x.double(), weight.double())
+    assert close(gemv.linear_add(x, weight, residual), expected)
+
+
+@runs_kernels
+@dtypes
 @pytest.mark.parametrize("num_tokens", [1, 21, 64])
 @pytest.mark.parametrize(
     ("outputs", "inputs"), [(90, 400), (64, 1536), (4096 if CUDA else 96, 256)]

@@ -36,6 +36,7 @@ from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.layernorm import add_rms_norm, rms_norm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.utils.context import Context
+from nanovllm.utils.decode_graphs import graph_sizes
 
 NAN = float("nan")
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -507,3 +508,16 @@ def test_the_interpreted_store_kvcache_kernel_does_what_its_twin_does() -> None:
     results = json.loads(found.stdout)
     assert len(results) == 60
     assert [case for case, is_equal in results.items() if not is_equal] == []
+
+
+# --- sizes of decode graphs ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 16, 100, 513])
+def test_every_number_of_sequences_has_a_graph_that_is_little_larger(max_num_seqs: int) -> None:
+    sizes = graph_sizes(max_num_seqs)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == max_num_seqs
+    for num_seqs in range(1, max_num_seqs + 1):
+        padded = min(size for size in sizes if size >= num_seqs)
+        assert padded - num_seqs < max(8, num_seqs / 2)
