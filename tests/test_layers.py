@@ -520,4 +520,4 @@ def test_every_number_of_sequences_has_a_graph_that_is_little_larger(max_num_seq
     assert sizes[-1] == max_num_seqs
     for num_seqs in range(1, max_num_seqs + 1):
         padded = min(size for size in sizes if size >= num_seqs)
-        assert padded - num_seqs < max(8, num_seqs / 2)
+        assert padded - num_seqs < max(16, num_seqs / 2)
