@@ -27,9 +27,9 @@ from nanovllm.engine import (
     detokenizer,
     llm_engine,
     model_runner,
+    results,
     scheduler,
     sequence,
-    streaming,
 )
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
@@ -605,7 +605,7 @@ def streamed(llm: LLM, params: list[SamplingParams]) -> Completions:
 
 
 STREAM_PARTS = [*PARTS[2:], (Detokenizer, "update")]
-STREAM_FILES = [str(m.__file__) for m in (llm_engine, scheduler, detokenizer, streaming)]
+STREAM_FILES = [str(m.__file__) for m in (llm_engine, scheduler, detokenizer, results)]
 
 
 @pytest.mark.parametrize(("owner", "name"), STREAM_PARTS, ids=[*PART_NAMES[2:], "Detokenizer"])
