@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import ask, is_idle
@@ -224,6 +225,20 @@ def test_the_garbage_collector_may_close_a_stream_in_the_middle_of_a_step(
     finally:
         gc.enable()
     assert output["token_ids"] == expected["token_ids"]
+
+
+def test_a_stream_that_was_dropped_within_a_step_is_aborted_though_ctrl_c_comes_first(
+    trained_llm: LLM,
+) -> None:
+    pieces = trained_llm.stream([5], GREEDY)
+    next(pieces)
+    with trained_llm._changing():
+        del pieces
+    interrupt = mock.patch.object(LLM, "_abort", side_effect=KeyboardInterrupt)
+    with interrupt, pytest.raises(KeyboardInterrupt):
+        trained_llm.step()
+    assert trained_llm.step() == ([], 0)
+    assert is_idle(trained_llm)
 
 
 def test_a_request_that_is_aborted_by_its_id_ends_with_no_reason(trained_llm: LLM) -> None:

@@ -291,9 +291,9 @@ class LLMEngine:
     def _step(self) -> int:
         """One turn of the loop; gives its tokens as `step` does, and adds to `_finished`."""
         runner = self._runner()
-        if self._dropped:
-            seq_ids, self._dropped = self._dropped, set()
-            self._abort(seq_ids)
+        if dropped := set(self._dropped):
+            self._abort(dropped)
+            self._dropped -= dropped  # only now, so that an interruption forgets none
         if not self._is_consistent:
             self._recover()
         with self._changing():
