@@ -328,9 +328,9 @@ class LLMEngine:
             self._finished = [seq for seq in self._finished if seq.seq_id not in seq_ids]
             for seq in seqs if was_consistent else ():
                 self.scheduler.abort(seq)
-            if not was_consistent:
-                self._recover()
             self._drop_idle_step()
+        if not was_consistent:
+            self._recover()
 
     def _drop_idle_step(self) -> None:
         """Forget a step in flight if all that it computes is for requests that have ended."""
@@ -339,24 +339,28 @@ class LLMEngine:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Around every change of queues and blocks: an exception within makes `_recover` due."""
-        self._is_consistent = False
+        """Around every change of queues and blocks: an exception within makes `_recover` due.
+
+        Where it was due already, it stays so.
+        """
+        was_consistent, self._is_consistent = self._is_consistent, False
         self._is_changing = True
         try:
             yield
-            self._is_consistent = True
+            self._is_consistent = was_consistent
         finally:
             self._is_changing = False
 
     def _recover(self) -> None:
         """After a change that broke off halfway: start anew from the requests and their tokens."""
-        self._in_flight = None
-        self._runner().synchronize()
-        reported = {seq.seq_id for seq in self._finished}
-        seqs = [seq for seq_id, seq in self._requests.items() if seq_id not in reported]
-        ended = self.scheduler.start_over(seqs)
-        self._finished.extend(seq for seq in ended if not seq.is_streamed)
-        self._requests = {seq.seq_id: seq for seq in seqs if seq.finish_reason is None}
+        with self._changing():
+            self._in_flight = None
+            self._runner().synchronize()
+            reported = {seq.seq_id for seq in self._finished}
+            seqs = [seq for seq_id, seq in self._requests.items() if seq_id not in reported]
+            ended = self.scheduler.start_over(seqs)
+            self._finished.extend(seq for seq in ended if not seq.is_streamed)
+            self._requests = {seq.seq_id: seq for seq in seqs if seq.finish_reason is None}
         self._is_consistent = True
 
     def _runner(self) -> ModelRunner:
