@@ -72,8 +72,8 @@ class SamplingParams:
         top_p: 0 < top_p <= 1, draw from the fewest likeliest tokens whose probabilities add up to
             this; 1: from all.
         min_p: 0 to 1, draw from tokens at least this times as likely as the likeliest; 0: from all.
-        seed: int64; the same seed draws the same tokens, whatever runs beside it. None: a new one
-            from torch's generator.
+        seed: int64; the same seed draws the same tokens, whatever runs beside it, but for near ties
+            in half precision, which rounding decides. None: a new one from torch's generator.
         stop: text or texts that end the request; `text` ends before the one that comes first, while
             `token_ids` keep the token that completed it. Kept as a tuple.
         stop_token_ids: further ids that end the request, also with `ignore_eos`. Kept as a tuple.
