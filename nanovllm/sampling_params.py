@@ -6,6 +6,7 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 
 MAX_LOGPROBS = 20
+MAX_TEMPERATURE = 3.4028234663852886e38  # the largest float32
 
 
 def require_int(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -63,8 +64,8 @@ class SamplingParams:
     which the `top_k` likeliest are left, of which, renormalised, the `top_p` share is left.
 
     Args:
-        temperature: >= 0. 0 takes the likeliest token (greedy); otherwise tokens are drawn from
-            softmax(logits / temperature).
+        temperature: 0 to 3.4e38 (the largest float32). 0 takes the likeliest token (greedy);
+            otherwise tokens are drawn from softmax(logits / temperature).
         max_tokens: >= 1, the most tokens to generate; None: as many as max_model_len allows.
         ignore_eos: go on after a stop id of the model (for benchmarks). `stop_token_ids` and `stop`
             end a request all the same.
@@ -98,7 +99,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        require_float("temperature", self.temperature, low=0.0)
+        require_float("temperature", self.temperature, low=0.0, high=MAX_TEMPERATURE)
         if self.max_tokens is not None:
             require_int("max_tokens", self.max_tokens, low=1)
         require_bool("ignore_eos", self.ignore_eos)

@@ -94,7 +94,12 @@ REQUESTS: list[tuple[str, Callable[[LLM], Any], type[Exception], str]] = [
         TypeError,
         r"sampling_params must be SamplingParams, got \[Sampl",
     ),
-    ("temperature", params(temperature=-1), ValueError, "temperature must be .*>= 0, got -1"),
+    (
+        "temperature",
+        params(temperature=-1),
+        ValueError,
+        "temperature must be .*between 0 and 3.4.*, got -1",
+    ),
     ("NaN", params(temperature=float("nan")), ValueError, "temperature must be finite.*got nan"),
     ("max_tokens", params(max_tokens=0), ValueError, "max_tokens must be >= 1, got 0"),
     ("ignore_eos", params(ignore_eos="no"), TypeError, "True or False, got 'no'"),

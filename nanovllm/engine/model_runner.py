@@ -262,7 +262,8 @@ class ModelRunner:
         layers = self.model.model.layers
         self.model.model.layers = layers[:1]  # all launch the same
         with compiling_ahead(self.device):
-            for lengths in ([2], [64] * min(2, limit), [longest]):
+            # small_linear has a kernel for up to 16, 32 and 64 tokens.
+            for lengths in ([2], [17], [33], [64] * min(2, limit), [longest]):
                 for from_cache in (False, True):
                     self._run_empty_prefill(lengths, from_cache)
             for size in {min(1 << n, limit) for n in range(limit.bit_length() + 1)}:
