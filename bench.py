@@ -41,6 +41,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, help="all prompts of this length")
     parser.add_argument("--output-len", type=int, help="all outputs of this length")
     parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeat", type=int, default=1, help="runs, each with new random prompts")
     parser.add_argument(
@@ -274,6 +276,8 @@ def run_once(llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.R
     params = [
         SamplingParams(
             temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
             ignore_eos=True,
             max_tokens=rng.randint(args.min_output_len, args.max_output_len),
         )

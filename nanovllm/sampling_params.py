@@ -6,6 +6,7 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 
 MAX_LOGPROBS = 20
+MAX_TEMPERATURE = 3.4028234663852886e38  # the largest float32
 
 
 def require_int(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -63,8 +64,8 @@ class SamplingParams:
     which the `top_k` likeliest are left, of which, renormalised, the `top_p` share is left.
 
     Args:
-        temperature: >= 0. 0 takes the likeliest token (greedy); otherwise tokens are drawn from
-            softmax(logits / temperature).
+        temperature: 0 to 3.4e38 (the largest float32). 0 takes the likeliest token (greedy);
+            otherwise tokens are drawn from softmax(logits / temperature).
         max_tokens: >= 1, the most tokens to generate; None: as many as max_model_len allows.
         ignore_eos: go on after a stop id of the model (for benchmarks). `stop_token_ids` and `stop`
             end a request all the same.
@@ -72,8 +73,8 @@ class SamplingParams:
         top_p: 0 < top_p <= 1, draw from the fewest likeliest tokens whose probabilities add up to
             this; 1: from all.
         min_p: 0 to 1, draw from tokens at least this times as likely as the likeliest; 0: from all.
-        seed: int64; the same seed draws the same tokens, whatever runs beside it. None: a new one
-            from torch's generator.
+        seed: int64; the same seed draws the same tokens, whatever runs beside it, but for near ties
+            in half precision, which rounding decides. None: a new one from torch's generator.
         stop: text or texts that end the request; `text` ends before the one that comes first, while
             `token_ids` keep the token that completed it. Kept as a tuple.
         stop_token_ids: further ids that end the request, also with `ignore_eos`. Kept as a tuple.
@@ -98,7 +99,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        require_float("temperature", self.temperature, low=0.0)
+        require_float("temperature", self.temperature, low=0.0, high=MAX_TEMPERATURE)
         if self.max_tokens is not None:
             require_int("max_tokens", self.max_tokens, low=1)
         require_bool("ignore_eos", self.ignore_eos)

@@ -13,10 +13,10 @@ import transformers
 
 from nanovllm import LLM, SamplingParams, kernels
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine import model_runner
 from nanovllm.layers import attention
 from nanovllm.layers.attention import select_backend
 from nanovllm.utils import memory
+from nanovllm.utils.device import resolve_device, resolve_dtype
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -493,7 +493,7 @@ def two_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_with_gpus_the_device_is_the_current_one_unless_asked_for_another(
     option: str, expected: str
 ) -> None:
-    assert model_runner._resolve_device(option) == torch.device(expected)
+    assert resolve_device(option) == torch.device(expected)
 
 
 @pytest.mark.usefixtures("two_old_gpus")
@@ -517,7 +517,7 @@ def test_on_a_gpu_the_dtype_is_the_checkpoints_but_for_bfloat16_where_there_is_n
 ) -> None:
     if not is_old:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert model_runner._resolve_dtype("auto", checkpoint, torch.device("cuda", 1)) is expected
+    assert resolve_dtype("auto", checkpoint, torch.device("cuda", 1)) is expected
 
 
 @pytest.mark.usefixtures("two_old_gpus")

@@ -9,7 +9,8 @@ import transformers
 from conftest import TINY, Tally
 
 from nanovllm import SamplingParams
-from nanovllm.engine.detokenizer import MAX_WINDOW, Detokenizer, find_hidden_ids
+from nanovllm.engine.detokenizer import MAX_WINDOW, Detokenizer
+from nanovllm.engine.tokenizer import find_hidden_ids
 
 PROMPT = [5, 6, 7]
 ALPHABET = [

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import (
@@ -21,6 +22,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import ModelRunner
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=9)
 ANSWER = "I am tiny-qwen3, a very small"
@@ -92,7 +94,12 @@ REQUESTS: list[tuple[str, Callable[[LLM], Any], type[Exception], str]] = [
         TypeError,
         r"sampling_params must be SamplingParams, got \[Sampl",
     ),
-    ("temperature", params(temperature=-1), ValueError, "temperature must be .*>= 0, got -1"),
+    (
+        "temperature",
+        params(temperature=-1),
+        ValueError,
+        "temperature must be .*between 0 and 3.4.*, got -1",
+    ),
     ("NaN", params(temperature=float("nan")), ValueError, "temperature must be finite.*got nan"),
     ("max_tokens", params(max_tokens=0), ValueError, "max_tokens must be >= 1, got 0"),
     ("ignore_eos", params(ignore_eos="no"), TypeError, "True or False, got 'no'"),
@@ -265,6 +272,21 @@ def test_a_bad_generation_config_is_refused(text_model: Path, tmp_path: Path) ->
     path.write_text(json.dumps({"eos_token_id": ["a"]}), encoding="utf-8")
     with pytest.raises(TypeError, match="eos_token_id must be an int, got 'a'"):
         LLM(str(model_dir), device="cpu", max_model_len=32)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("tokenizer.json", "{"), ("generation_config.json", '{"eos_token_id": ["a"]}')],
+)
+def test_what_is_found_bad_beside_the_model_gives_its_memory_back(
+    file: str, content: str, text_model: Path, tmp_path: Path
+) -> None:
+    model_dir = shutil.copytree(text_model, tmp_path / "model")
+    (model_dir / file).write_text(content, encoding="utf-8")
+    with mock.patch.object(ModelRunner, "free") as free:
+        with pytest.raises((TypeError, ValueError)):
+            LLM(str(model_dir), device="cpu", max_model_len=32)
+        free.assert_called_once_with()
 
 
 def test_stop_texts_need_a_tokenizer(tiny_model: Path) -> None:

@@ -30,9 +30,9 @@ from nanovllm.engine import (
     detokenizer,
     llm_engine,
     model_runner,
+    results,
     scheduler,
     sequence,
-    streaming,
 )
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
@@ -383,6 +383,35 @@ def test_a_loop_over_step_goes_on_after_an_exception(
     assert_works(llm, expected)
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Scheduler, "postprocess"), (BlockManager, "append_block"), (ModelRunner, "launch")],
+)
+def test_generate_may_follow_a_step_that_broke_off(
+    llm: LLM, expected: Expected, owner: Any, name: str
+) -> None:
+    """What is queued then does not hide that the queues and blocks must be made anew."""
+
+    def action(k: int, after: bool = False) -> Counter[str]:
+        forget_prefixes(llm)
+        seq_ids = add_every_request(llm)
+        results: dict[int, list[int]] = {}
+        with fault_at_call(owner, name, k, after) as seen, contextlib.suppress(Fault):
+            while not llm.is_finished():
+                results |= llm.step()[0]
+        assert generate(llm, OWN, OWN_PARAMS)[:-1] == expected.own
+        rest = [seq_id for seq_id in seq_ids if seq_id not in results]
+        results |= zip(rest, finish(llm, rest), strict=True)
+        completions = [results[seq_id] for seq_id in seq_ids]
+        assert completions[: len(OWN) - 1] == expected.own
+        assert completions[len(OWN) :] == expected.others
+        return seen
+
+    [k] = random_places(action, "calls", 1, seed=name)
+    assert action(k)["faults"] == 1
+    assert_no_trace(llm)
+
+
 # --- Ctrl-C ----------------------------------------------------------------------------------
 
 FILES = [
@@ -635,7 +664,7 @@ def streamed(llm: LLM, params: list[SamplingParams]) -> Completions:
 
 
 STREAM_PARTS = [*STEP_PARTS, (Detokenizer, "update"), (Words, "decode")]
-STREAM_FILES = [str(m.__file__) for m in (llm_engine, scheduler, detokenizer, streaming)]
+STREAM_FILES = [str(m.__file__) for m in (llm_engine, scheduler, detokenizer, results)]
 
 
 @parametrize_parts(STREAM_PARTS)

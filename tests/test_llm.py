@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import (
     STOP_WORD,
+    TINY,
     CheckpointFactory,
     ModelSpec,
     completions,
@@ -341,6 +343,23 @@ def test_a_directory_without_tokenizer_refuses_text(tiny_model: Path) -> None:
         with pytest.raises(ValueError, match=r"no tokenizer.*'w5 w6'"):
             llm.generate(["w5 w6"])
         assert is_idle(llm)
+
+
+def test_the_tokenizer_is_the_one_that_its_file_describes(tmp_path: Path) -> None:
+    """Whatever class the configuration names: it encodes and decodes as AutoTokenizer's does."""
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    edit_json(model / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    expected = transformers.AutoTokenizer.from_pretrained(model)
+    with LLM(str(model), max_model_len=64, max_num_seqs=1) as llm:
+        for text in ("Hello wörld", "你好 12345\t x\n\ny", "<|im_start|>user\n👩‍👩‍👧 don't"):
+            ids = llm.tokenizer.encode(text)
+            assert ids == expected.encode(text)
+            assert llm.tokenizer.decode(ids) == expected.decode(ids) == text
+        assert llm.tokenizer.eos_token_id == expected.eos_token_id
+        messages = [{"role": "user", "content": "Hi"}]
+        for tokenizer in (llm.tokenizer, expected):
+            assert "user\nHi" in tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def test_a_broken_tokenizer_is_refused(text_model: Path, tmp_path: Path) -> None:

@@ -74,10 +74,27 @@ def test_a_list_that_is_changed_later_changes_nothing() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"temperature": -0.1}, ValueError, r"temperature must be finite and >= 0, got -0.1"),
-    ({"temperature": math.nan}, ValueError, r"temperature must be finite and >= 0, got nan"),
-    ({"temperature": math.inf}, ValueError, r"temperature must be finite and >= 0, got inf"),
-    ({"temperature": -math.inf}, ValueError, r"temperature must be finite and >= 0, got -inf"),
+    (
+        {"temperature": -0.1},
+        ValueError,
+        r"temperature must be finite and between 0 and 3.4.*, got -0.1",
+    ),
+    ({"temperature": 1e39}, ValueError, r"between 0 and 3.40282e\+38, got 1e\+39"),
+    (
+        {"temperature": math.nan},
+        ValueError,
+        r"temperature must be finite and between 0 and 3.4.*, got nan",
+    ),
+    (
+        {"temperature": math.inf},
+        ValueError,
+        r"temperature must be finite and between 0 and 3.4.*, got inf",
+    ),
+    (
+        {"temperature": -math.inf},
+        ValueError,
+        r"temperature must be finite and between 0 and 3.4.*, got -inf",
+    ),
     ({"temperature": "1"}, TypeError, r"temperature must be a number, got '1'"),
     ({"temperature": None}, TypeError, r"temperature must be a number, got None"),
     ({"temperature": True}, TypeError, r"temperature must be a number, got True"),

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import ask, is_idle
@@ -13,6 +14,7 @@ from conftest import ask, is_idle
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.scheduler import Scheduler
 
 
 def greedy(max_tokens: int) -> SamplingParams:
@@ -200,30 +202,63 @@ class Forgotten:
         self.itself = self
 
 
-@pytest.mark.parametrize("name", ["allocate", "publish"])
+@contextlib.contextmanager
+def collecting_at(owner: type, name: str) -> Iterator[None]:
+    """The garbage collector runs with the first call of a method, and at no other time."""
+    real = getattr(owner, name)
+
+    def collecting(*args: Any, **kwargs: Any) -> Any:
+        patch.undo()  # once is enough
+        gc.collect()
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, collecting)
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "is_broken_off"),
+    [
+        (BlockManager, "allocate", False),
+        (BlockManager, "publish", False),
+        (Scheduler, "_has_ended", True),
+    ],
+    ids=["while_scheduling", "while_publishing", "while_recovering"],
+)
 def test_the_garbage_collector_may_close_a_stream_in_the_middle_of_a_step(
-    name: str, trained_llm: LLM, monkeypatch: pytest.MonkeyPatch
+    owner: type, name: str, is_broken_off: bool, trained_llm: LLM
 ) -> None:
     prompt = ask(trained_llm, "introduce yourself")
     [expected] = trained_llm.generate(prompt, GREEDY, use_tqdm=False)
     pieces = trained_llm.stream(prompt, greedy(60))
     next(pieces)
+    if is_broken_off:
+        recover_in_between(trained_llm)
     Forgotten(pieces)
     del pieces
-    real = getattr(BlockManager, name)
-
-    def collecting(*args: Any, **kwargs: Any) -> Any:
-        monkeypatch.setattr(BlockManager, name, real)  # once is enough
-        gc.collect()
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(BlockManager, name, collecting)
-    gc.disable()
-    try:
+    with collecting_at(owner, name):
         [output] = trained_llm.generate(prompt, GREEDY, use_tqdm=False)
-    finally:
-        gc.enable()
     assert output["token_ids"] == expected["token_ids"]
+    assert is_idle(trained_llm)
+
+
+def test_a_stream_that_was_dropped_within_a_step_is_aborted_though_ctrl_c_comes_first(
+    trained_llm: LLM,
+) -> None:
+    pieces = trained_llm.stream([5], GREEDY)
+    next(pieces)
+    with trained_llm._changing():
+        del pieces
+    interrupt = mock.patch.object(LLM, "_abort", side_effect=KeyboardInterrupt)
+    with interrupt, pytest.raises(KeyboardInterrupt):
+        trained_llm.step()
+    assert trained_llm.step() == ([], 0)
+    assert is_idle(trained_llm)
 
 
 def test_a_request_that_is_aborted_by_its_id_ends_with_no_reason(trained_llm: LLM) -> None:

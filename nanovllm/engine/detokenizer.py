@@ -43,7 +43,7 @@ class Detokenizer:
         tokenizer: a transformers tokenizer.
         params: stop texts, skip_special_tokens.
         num_prompt_tokens: where the completion begins.
-        hidden_ids: ids that have no text if special tokens are skipped, from `find_hidden_ids`.
+        hidden_ids: ids that have no text if special tokens are skipped (find_hidden_ids).
     """
 
     def __init__(
@@ -131,17 +131,6 @@ class Detokenizer:
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
         return text
-
-
-def find_hidden_ids(tokenizer: Any | None) -> frozenset[int]:
-    """The special tokens that have no text when special tokens are skipped; none without tokenizer.
-
-    They are left out before anything is decoded, since a run of them would fill a window.
-    """
-    if tokenizer is None:
-        return frozenset()
-    ids: list[int] = tokenizer.all_special_ids
-    return frozenset(i for i in ids if not tokenizer.decode([i], skip_special_tokens=True))
 
 
 def _num_partial(text: str) -> int:

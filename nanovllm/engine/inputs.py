@@ -5,6 +5,7 @@ from collections.abc import Sequence as ListLike
 from operator import index
 from typing import Any
 
+from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | ListLike[int]
@@ -55,6 +56,56 @@ def as_params_list(
     return params
 
 
+def check_params(params: SamplingParams, config: Config, tokenizer: Any | None) -> None:
+    """What SamplingParams cannot check without a model.
+
+    Raises:
+        TypeError: `params` is something else.
+        ValueError: stop texts without a tokenizer, or stop ids that the model does not have.
+    """
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
+    if params.stop and tokenizer is None:
+        raise ValueError(
+            f"{config.model_dir} has no tokenizer, which stop texts need: "
+            f"got stop={params.stop!r:.80}"
+        )
+    if params.stop_token_ids:
+        _check_vocabulary("stop token id", params.stop_token_ids, config)
+
+
+def as_prompt_ids(prompt: Prompt, config: Config, tokenizer: Any | None) -> list[int]:
+    """The token ids of a prompt.
+
+    Raises:
+        TypeError: neither a text nor token ids.
+        ValueError: a text without a tokenizer, no tokens or too many, ids outside the vocabulary.
+    """
+    if not isinstance(prompt, str):
+        token_ids = as_ids(prompt)
+    elif tokenizer is not None:
+        token_ids = encode(tokenizer, prompt)
+    else:
+        raise ValueError(
+            f"{config.model_dir} has no tokenizer: prompts must be token ids, got {prompt!r:.80}"
+        )
+    limit = config.max_model_len - 1
+    if not 1 <= len(token_ids) <= limit:
+        raise ValueError(
+            f"a prompt must have 1 to {limit} tokens (max_model_len - 1), got {len(token_ids)}"
+        )
+    _check_vocabulary("token id", token_ids, config)
+    return token_ids
+
+
+def _check_vocabulary(what: str, token_ids: ListLike[int], config: Config) -> None:
+    vocab_size = config.model_config.vocab_size
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(f"{what} {bad} is outside the vocabulary, 0 to {vocab_size - 1}")
+
+
 def as_conversations(messages: Conversation | ListLike[Conversation]) -> list[list[dict[str, Any]]]:
     """One conversation as a list of one; a list of conversations as it is.
 
@@ -90,19 +141,37 @@ def _check_message(message: object) -> None:
         raise ValueError(f"a message must have a 'content' that is a str, got {message!r:.80}")
 
 
-def render_chat(
-    tokenizer: Any, conversation: list[dict[str, Any]], options: Mapping[str, Any]
-) -> list[int]:
-    """The token ids of a conversation in the tokenizer's chat template.
+def as_chat_prompts(
+    messages: Conversation | ListLike[Conversation],
+    config: Config,
+    tokenizer: Any | None,
+    options: Mapping[str, Any],
+) -> list[list[int]]:
+    """The token ids of each conversation in the tokenizer's chat template.
 
     Args:
-        tokenizer: one with a chat template, unless `options` holds a chat_template.
-        conversation: messages of "role" and "content".
+        messages: one conversation, or a list of them.
         options: what the template is given; add_generation_prompt is true unless it says else.
 
     Raises:
-        ValueError: the template refuses the conversation.
+        TypeError, ValueError: no tokenizer, no template, a malformed conversation, or one that the
+            template refuses.
     """
+    if tokenizer is None:
+        raise ValueError(f"{config.model_dir} has no tokenizer, which chat() needs")
+    if "tokenize" in options:
+        raise TypeError("chat() takes any template option but tokenize, which it sets itself")
+    if not (tokenizer.chat_template or options.get("chat_template")):
+        raise ValueError(
+            f"the tokenizer of {config.model_dir} has no chat template: "
+            "give one as chat_template=..."
+        )
+    return [_render_chat(tokenizer, chat, options) for chat in as_conversations(messages)]
+
+
+def _render_chat(
+    tokenizer: Any, conversation: list[dict[str, Any]], options: Mapping[str, Any]
+) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(
             conversation, tokenize=False, **{"add_generation_prompt": True, **options}

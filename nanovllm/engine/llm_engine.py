@@ -9,23 +9,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanovllm.config import Config, as_token_ids, read_json
+from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.detokenizer import Detokenizer, find_hidden_ids
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.inputs import (
     Conversation,
     Prompt,
-    as_conversations,
-    as_ids,
+    as_chat_prompts,
     as_params_list,
+    as_prompt_ids,
     as_prompt_list,
-    encode,
-    render_chat,
+    check_params,
 )
 from nanovllm.engine.model_runner import Launched, ModelRunner
+from nanovllm.engine.results import StreamedSequence, result
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.streaming import StreamedSequence
+from nanovllm.engine.tokenizer import find_hidden_ids, find_stop_ids, load_tokenizer
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -45,14 +45,14 @@ class LLMEngine:
         config = Config.from_options(model, options)
         self.config = config
         with ThreadPoolExecutor(1) as pool:  # beside the model: importing it takes seconds
-            tokenizer = pool.submit(_load_tokenizer, config)
+            tokenizer = pool.submit(load_tokenizer, config)
             self.model_runner: ModelRunner | None = ModelRunner(config)
         try:
             self.tokenizer = tokenizer.result()
-        except ValueError:
+            self.stop_ids = find_stop_ids(config, self.tokenizer)
+        except (TypeError, ValueError):
             self.model_runner.free()
             raise
-        self.stop_ids = self._find_stop_ids()
         self._hidden_ids = find_hidden_ids(self.tokenizer)
         self.scheduler = Scheduler(
             config,
@@ -86,7 +86,7 @@ class LLMEngine:
         """Queue a prompt, text or token ids, and return the request's id.
 
         Raises:
-            TypeError, ValueError: what the prompt cannot be; nothing is queued then.
+            TypeError, ValueError: a bad prompt or parameter; nothing is queued.
             RuntimeError: the engine was shut down.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
@@ -149,7 +149,8 @@ class LLMEngine:
             first, then the likeliest.
 
         Raises:
-            TypeError, ValueError: a bad prompt, or lists of different lengths; nothing is queued.
+            TypeError, ValueError: a bad prompt or parameter, lists of different lengths; nothing is
+                queued.
             RuntimeError: the engine was shut down.
         """
         seqs = self._make_sequences(prompts, sampling_params)
@@ -160,7 +161,7 @@ class LLMEngine:
         except BaseException:
             self._abort({seq.seq_id for seq in seqs})
             raise
-        return [self._result(seq) for seq in seqs]
+        return [result(seq, self.tokenizer) for seq in seqs]
 
     def chat(
         self,
@@ -187,19 +188,7 @@ class LLMEngine:
             RuntimeError: the engine was shut down.
         """
         self._runner()
-        if self.tokenizer is None:
-            raise ValueError(f"{self.config.model_dir} has no tokenizer, which chat() needs")
-        if "tokenize" in template_options:
-            raise TypeError("chat() takes any template option but tokenize, which it sets itself")
-        if not (self.tokenizer.chat_template or template_options.get("chat_template")):
-            raise ValueError(
-                f"the tokenizer of {self.config.model_dir} has no chat template: "
-                "give one as chat_template=..."
-            )
-        prompts = [
-            render_chat(self.tokenizer, conversation, template_options)
-            for conversation in as_conversations(messages)
-        ]
+        prompts = as_chat_prompts(messages, self.config, self.tokenizer, template_options)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(
@@ -302,9 +291,9 @@ class LLMEngine:
     def _step(self) -> int:
         """One turn of the loop; gives its tokens as `step` does, and adds to `_finished`."""
         runner = self._runner()
-        if self._dropped:
-            seq_ids, self._dropped = self._dropped, set()
-            self._abort(seq_ids)
+        if dropped := set(self._dropped):
+            self._abort(dropped)
+            self._dropped -= dropped  # only now, so that an interruption forgets none
         if not self._is_consistent:
             self._recover()
         with self._changing():
@@ -339,9 +328,9 @@ class LLMEngine:
             self._finished = [seq for seq in self._finished if seq.seq_id not in seq_ids]
             for seq in seqs if was_consistent else ():
                 self.scheduler.abort(seq)
-            if not was_consistent:
-                self._recover()
             self._drop_idle_step()
+        if not was_consistent:
+            self._recover()
 
     def _drop_idle_step(self) -> None:
         """Forget a step in flight if all that it computes is for requests that have ended."""
@@ -350,24 +339,28 @@ class LLMEngine:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Around every change of queues and blocks: an exception within makes `_recover` due."""
-        self._is_consistent = False
+        """Around every change of queues and blocks: an exception within makes `_recover` due.
+
+        Where it was due already, it stays so.
+        """
+        was_consistent, self._is_consistent = self._is_consistent, False
         self._is_changing = True
         try:
             yield
-            self._is_consistent = True
+            self._is_consistent = was_consistent
         finally:
             self._is_changing = False
 
     def _recover(self) -> None:
         """After a change that broke off halfway: start anew from the requests and their tokens."""
-        self._in_flight = None
-        self._runner().synchronize()
-        reported = {seq.seq_id for seq in self._finished}
-        seqs = [seq for seq_id, seq in self._requests.items() if seq_id not in reported]
-        ended = self.scheduler.start_over(seqs)
-        self._finished.extend(seq for seq in ended if not seq.is_streamed)
-        self._requests = {seq.seq_id: seq for seq in seqs if seq.finish_reason is None}
+        with self._changing():
+            self._in_flight = None
+            self._runner().synchronize()
+            reported = {seq.seq_id for seq in self._finished}
+            seqs = [seq for seq_id, seq in self._requests.items() if seq_id not in reported]
+            ended = self.scheduler.start_over(seqs)
+            self._finished.extend(seq for seq in ended if not seq.is_streamed)
+            self._requests = {seq.seq_id: seq for seq in seqs if seq.finish_reason is None}
         self._is_consistent = True
 
     def _runner(self) -> ModelRunner:
@@ -392,14 +385,8 @@ class LLMEngine:
         self, prompt: Prompt, params: SamplingParams, is_streamed: bool = False
     ) -> Sequence:
         runner = self._runner()
-        self._check_params(params)
-        token_ids = self._tokenize(prompt)
-        limit = self.config.max_model_len - 1
-        if not 1 <= len(token_ids) <= limit:
-            raise ValueError(
-                f"a prompt must have 1 to {limit} tokens (max_model_len - 1), got {len(token_ids)}"
-            )
-        self._check_vocabulary("token id", token_ids)
+        check_params(params, self.config, self.tokenizer)
+        token_ids = as_prompt_ids(prompt, self.config, self.tokenizer)
         seed = runner.new_seed() if params.seed is None else params.seed
         seq = Sequence(token_ids, params, self.config.max_model_len, seed)
         seq.is_streamed = is_streamed
@@ -409,88 +396,7 @@ class LLMEngine:
             )
         return seq
 
-    def _check_params(self, params: SamplingParams) -> None:
-        """What SamplingParams cannot check without a model."""
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(
-                f"{self.config.model_dir} has no tokenizer, which stop texts need: "
-                f"got stop={params.stop!r:.80}"
-            )
-        if params.stop_token_ids:
-            self._check_vocabulary("stop token id", params.stop_token_ids)
-
-    def _check_vocabulary(self, what: str, token_ids: ListLike[int]) -> None:
-        vocab_size = self.config.model_config.vocab_size
-        low, high = min(token_ids), max(token_ids)
-        if low < 0 or high >= vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"{what} {bad} is outside the vocabulary, 0 to {vocab_size - 1}")
-
-    def _tokenize(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return as_ids(prompt)
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{self.config.model_dir} has no tokenizer: prompts must be token ids, "
-                f"got {prompt!r:.80}"
-            )
-        return encode(self.tokenizer, prompt)
-
     def _enqueue(self, seq: Sequence) -> None:
         with self._changing():
             self._requests[seq.seq_id] = seq
             self.scheduler.add(seq)
-
-    def _result(self, seq: Sequence) -> dict[str, Any]:
-        result: dict[str, Any] = {
-            "text": self._text(seq),
-            "token_ids": seq.completion_token_ids,
-            "finish_reason": seq.finish_reason,
-            "stop_reason": seq.stop_reason,
-            "prompt_token_ids": seq.token_ids[: seq.num_prompt_tokens],
-            "num_cached_tokens": seq.num_cached_tokens,
-        }
-        if seq.logprobs is not None:
-            result["logprobs"] = seq.logprobs
-        return result
-
-    def _text(self, seq: Sequence) -> str:
-        if seq.detokenizer is not None:
-            return seq.detokenizer.text
-        if self.tokenizer is None:
-            return ""
-        text: str = self.tokenizer.decode(
-            seq.completion_token_ids, skip_special_tokens=seq.params.skip_special_tokens
-        )
-        return text
-
-    def _find_stop_ids(self) -> frozenset[int]:
-        """The option `eos`, else the union of what tokenizer and configuration files name."""
-        if self.config.eos != -1:
-            return frozenset([self.config.eos])
-        stop_ids = set(self.config.model_config.eos_token_ids)
-        generation_config = self.config.model_dir / "generation_config.json"
-        if generation_config.is_file():
-            stop_ids |= as_token_ids(read_json(generation_config).get("eos_token_id"))
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            stop_ids.add(self.tokenizer.eos_token_id)
-        return frozenset(stop_ids)
-
-
-def _load_tokenizer(config: Config) -> Any | None:
-    """The tokenizer in the model's directory, or None if it has none."""
-    names = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
-    if not any((config.model_dir / name).is_file() for name in names):
-        return None
-    import transformers  # slow, and AutoTokenizer, which pulls in every model, is slower still
-
-    is_fast = (config.model_dir / "tokenizer.json").is_file()
-    tokenizer_class = getattr(
-        transformers, "PreTrainedTokenizerFast" if is_fast else "AutoTokenizer"
-    )
-    try:
-        return tokenizer_class.from_pretrained(config.model_dir)
-    except Exception as error:  # whatever a broken file makes it raise
-        raise ValueError(f"{config.model_dir}: the tokenizer cannot be loaded: {error}") from error

@@ -2,8 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
 from nanovllm.utils.context import Context
 from nanovllm.utils.decode_graphs import DecodeGraphs, DecodeRow, StepInputs, StepTensors
+from nanovllm.utils.device import construction, resolve_device, resolve_dtype
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
 from nanovllm.utils.outputs import HostOutputs, TokenLogprobs
@@ -80,8 +80,8 @@ class ModelRunner:
         self.config = config
         self.block_size = config.kvcache_block_size
         self.blocks_per_seq = -(-config.max_model_len // self.block_size)
-        self.device = _resolve_device(config.device)
-        self.dtype = _resolve_dtype(config.dtype, config.model_config.dtype, self.device)
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, config.model_config.dtype, self.device)
         self.backend = select_backend(
             config.attention_backend,
             self.device,
@@ -165,7 +165,7 @@ class ModelRunner:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _load_model(self) -> Qwen3ForCausalLM:
-        with _construction(self.device, self.dtype):
+        with construction(self.device, self.dtype):
             model = Qwen3ForCausalLM(
                 self.config.model_config, BACKENDS[self.backend], self.config.max_model_len
             )
@@ -262,7 +262,8 @@ class ModelRunner:
         layers = self.model.model.layers
         self.model.model.layers = layers[:1]  # all launch the same
         with compiling_ahead(self.device):
-            for lengths in ([2], [64] * min(2, limit), [longest]):
+            # small_linear has a kernel for up to 16, 32 and 64 tokens.
+            for lengths in ([2], [17], [33], [64] * min(2, limit), [longest]):
                 for from_cache in (False, True):
                     self._run_empty_prefill(lengths, from_cache)
             for size in {min(1 << n, limit) for n in range(limit.bit_length() + 1)}:
@@ -491,40 +492,3 @@ class ModelRunner:
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
-
-
-def _resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device={name!r}, but torch finds no CUDA GPU")
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"device={name!r}, but there are {torch.cuda.device_count()} GPUs")
-    return device
-
-
-def _resolve_dtype(requested: str, checkpoint: str, device: torch.device) -> torch.dtype:
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if requested != "auto":
-        return dtypes[requested]
-    if device.type == "cpu":
-        return torch.float32
-    if checkpoint == "bfloat16" and torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float16
-    return dtypes[checkpoint]
-
-
-@contextmanager
-def _construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """New parameters are on `device` in `dtype` within; the process's defaults return after."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(previous)

@@ -1,8 +1,34 @@
-"""StreamedSequence: what the caller of a stream has been given, and what is new."""
+"""What callers are given of a request: its result, or, in a stream, the pieces of it."""
 
 from typing import Any
 
 from nanovllm.engine.sequence import Sequence
+
+
+def result(seq: Sequence, tokenizer: Any | None) -> dict[str, Any]:
+    """What `LLMEngine.generate` gives for a sequence that has ended."""
+    whole: dict[str, Any] = {
+        "text": _text(seq, tokenizer),
+        "token_ids": seq.completion_token_ids,
+        "finish_reason": seq.finish_reason,
+        "stop_reason": seq.stop_reason,
+        "prompt_token_ids": seq.token_ids[: seq.num_prompt_tokens],
+        "num_cached_tokens": seq.num_cached_tokens,
+    }
+    if seq.logprobs is not None:
+        whole["logprobs"] = seq.logprobs
+    return whole
+
+
+def _text(seq: Sequence, tokenizer: Any | None) -> str:
+    if seq.detokenizer is not None:
+        return seq.detokenizer.text
+    if tokenizer is None:
+        return ""
+    text: str = tokenizer.decode(
+        seq.completion_token_ids, skip_special_tokens=seq.params.skip_special_tokens
+    )
+    return text
 
 
 class StreamedSequence:

@@ -1,0 +1,54 @@
+"""The model's tokenizer, and which ids end a request or have no text."""
+
+from typing import Any
+
+from nanovllm.config import Config, as_token_ids, read_json
+
+
+def load_tokenizer(config: Config) -> Any | None:
+    """The tokenizer in the model's directory, or None if it has none.
+
+    Raises:
+        ValueError: its files cannot be read.
+    """
+    names = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
+    if not any((config.model_dir / name).is_file() for name in names):
+        return None
+    import transformers  # slow, and AutoTokenizer, which pulls in every model, is slower still
+
+    is_fast = (config.model_dir / "tokenizer.json").is_file()
+    tokenizer_class = getattr(
+        transformers, "PreTrainedTokenizerFast" if is_fast else "AutoTokenizer"
+    )
+    try:
+        return tokenizer_class.from_pretrained(config.model_dir)
+    except Exception as error:  # whatever a broken file makes it raise
+        raise ValueError(f"{config.model_dir}: the tokenizer cannot be loaded: {error}") from error
+
+
+def find_stop_ids(config: Config, tokenizer: Any | None) -> frozenset[int]:
+    """The option `eos`, else the union of what tokenizer and configuration files name.
+
+    Raises:
+        TypeError, ValueError: generation_config.json cannot be read, or names what is no id.
+    """
+    if config.eos != -1:
+        return frozenset([config.eos])
+    stop_ids = set(config.model_config.eos_token_ids)
+    generation_config = config.model_dir / "generation_config.json"
+    if generation_config.is_file():
+        stop_ids |= as_token_ids(read_json(generation_config).get("eos_token_id"))
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        stop_ids.add(tokenizer.eos_token_id)
+    return frozenset(stop_ids)
+
+
+def find_hidden_ids(tokenizer: Any | None) -> frozenset[int]:
+    """The special tokens that have no text when special tokens are skipped; none without tokenizer.
+
+    They are left out before anything is decoded, since a run of them would fill a window.
+    """
+    if tokenizer is None:
+        return frozenset()
+    ids: list[int] = tokenizer.all_special_ids
+    return frozenset(i for i in ids if not tokenizer.decode([i], skip_special_tokens=True))

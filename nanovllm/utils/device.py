@@ -1,0 +1,49 @@
+"""Which device and dtype an engine computes on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that the option `device` asks for; a CUDA device with its index.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={name!r}, but torch finds no CUDA GPU")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device={name!r}, but there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def resolve_dtype(requested: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: the one asked for, or if "auto" the one that suits the device."""
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if requested != "auto":
+        return dtypes[requested]
+    if device.type == "cpu":
+        return torch.float32
+    if checkpoint == "bfloat16" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return dtypes[checkpoint]
+
+
+@contextmanager
+def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """New parameters are on `device` in `dtype` within; the process's defaults return after."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(previous)
