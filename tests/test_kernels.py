@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -280,6 +281,15 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
 
     gate_up = 9 * randn(3, 2 * 1100, dtype=dtype)
     assert close(fused.silu_and_mul(gate_up), silu_and_mul(gate_up.clone()))
+
+
+def test_an_empty_grid_launches_nothing() -> None:
+    """CUDA would refuse it."""
+    from nanovllm.kernels.launch import launch
+
+    kernel = MagicMock()
+    launch(kernel, (4, 0), torch.empty(1))
+    assert not kernel.mock_calls
 
 
 @runs_kernels
