@@ -155,13 +155,15 @@ class Floor:
         if batch.is_prefill:
             self.num_prefill_steps += 1
             self.prefill_s += max(weights_s, self._flops(batch) / self.machine.flops_per_s)
-            linear_flops = batch.num_tokens * self.flops_per_token
-            self.linear_s += linear_flops / self.machine.flops_per_s
+            self.linear_s += self._linear_flops(batch) / self.machine.flops_per_s
         else:
             self.num_decode_steps += 1
             self.weights_s += weights_s
             kv_bytes = self.token_bytes * self._distinct_tokens(batch)
             self.kv_s += kv_bytes / self.machine.read_bytes_per_s
+
+    def _linear_flops(self, batch: Batch) -> int:
+        return batch.num_tokens * self.flops_per_token
 
     def _flops(self, batch: Batch) -> int:
         """Arithmetic of a prefill step: linear layers, causal attention, logits."""
@@ -172,8 +174,8 @@ class Floor:
         )
         attention = 4 * pairs * config.num_heads * config.head_dim * config.num_layers
         num_sampled = sum(item.samples for item in batch.items)
-        linear = batch.num_tokens * self.flops_per_token
-        return int(linear + attention + num_sampled * self.flops_per_logits)
+        logits = num_sampled * self.flops_per_logits
+        return int(self._linear_flops(batch) + attention + logits)
 
     def _distinct_tokens(self, batch: Batch) -> int:
         """Tokens whose K/V a decode step reads. Blocks that are shared are full ones."""

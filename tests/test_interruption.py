@@ -328,6 +328,26 @@ def random_places(action: Action, what: str, num_places: int, seed: str) -> list
     return random.Random(seed).sample(range(1, num_all + 1), min(num_places, num_all))
 
 
+def each_fault(
+    action: Action, num_places: int, name: str, what: str, tally: Tally
+) -> Iterator[None]:
+    """Run an action with an exception planted at random calls, one at a time; pause after each."""
+    for index, k in enumerate(random_places(action, "calls", num_places, seed=name)):
+        assert action(k, after=index % 2 == 0)["faults"] == 1
+        tally.count(f"interruption: {what}")
+        yield
+
+
+def each_interrupt(
+    action: Action, num_places: int, file: str, what: str, tally: Tally
+) -> Iterator[None]:
+    """Run an action with Ctrl-C at random places, one at a time; pause after each."""
+    for k in random_places(action, "places", num_places, seed=Path(file).name):
+        assert action(k)["interrupts"] == 1
+        tally.count(f"interruption: {what}")
+        yield
+
+
 @parametrize_parts(PARTS)
 def test_an_exception_in_generate_leaves_no_trace(
     llm: LLM, expected: Expected, owner: Any, name: str, tally: Tally
@@ -338,9 +358,7 @@ def test_an_exception_in_generate_leaves_no_trace(
             generate(llm, OWN, OWN_PARAMS)
         return seen
 
-    for index, k in enumerate(random_places(action, "calls", 2, seed=name)):
-        assert action(k, after=index % 2 == 0)["faults"] == 1
-        tally.count("interruption: exceptions in generate")
+    for _ in each_fault(action, 2, name, "exceptions in generate", tally):
         assert_works(llm, expected)
 
 
@@ -356,9 +374,7 @@ def test_requests_queued_before_survive_an_exception_in_generate(
         assert finish(llm, seq_ids) == expected.others
         return seen
 
-    for index, k in enumerate(random_places(action, "calls", 2, seed=name)):
-        assert action(k, after=index % 2 == 0)["faults"] == 1
-        tally.count("interruption: exceptions in generate beside others")
+    for _ in each_fault(action, 2, name, "exceptions in generate beside others", tally):
         assert_no_trace(llm)
     assert_works(llm, expected)
 
@@ -376,9 +392,7 @@ def test_a_loop_over_step_goes_on_after_an_exception(
         assert completions[len(OWN) :] == expected.others
         return seen
 
-    for index, k in enumerate(random_places(action, "calls", 2, seed=name)):
-        assert action(k, after=index % 2 == 0)["faults"] == 1
-        tally.count("interruption: exceptions in step")
+    for _ in each_fault(action, 2, name, "exceptions in step", tally):
         assert_no_trace(llm)
     assert_works(llm, expected)
 
@@ -483,9 +497,7 @@ def test_ctrl_c_in_generate_leaves_no_trace(
             generate(llm, OWN, OWN_PARAMS)
         return seen
 
-    for k in random_places(action, "places", 4, seed=Path(file).name):
-        assert action(k)["interrupts"] == 1
-        tally.count("interruption: Ctrl-C in generate")
+    for _ in each_interrupt(action, 4, file, "Ctrl-C in generate", tally):
         assert_works(llm, expected)
 
 
@@ -501,9 +513,7 @@ def test_requests_queued_before_survive_ctrl_c_in_generate(
         assert finish(llm, seq_ids) == expected.others
         return seen
 
-    for k in random_places(action, "places", 4, seed=Path(file).name):
-        assert action(k)["interrupts"] == 1
-        tally.count("interruption: Ctrl-C in generate beside others")
+    for _ in each_interrupt(action, 4, file, "Ctrl-C in generate beside others", tally):
         assert_no_trace(llm)
     assert_works(llm, expected)
 
@@ -521,9 +531,7 @@ def test_a_loop_over_step_goes_on_after_ctrl_c(
         assert completions[len(OWN) :] == expected.others
         return seen
 
-    for k in random_places(action, "places", 4, seed=Path(file).name):
-        assert action(k)["interrupts"] == 1
-        tally.count("interruption: Ctrl-C in step")
+    for _ in each_interrupt(action, 4, file, "Ctrl-C in step", tally):
         assert_no_trace(llm)
     assert_works(llm, expected)
 
@@ -684,9 +692,7 @@ def test_an_exception_in_a_stream_leaves_no_trace_and_others_survive(
         assert finish(llm, seq_ids) == expected.others
         return seen
 
-    for index, k in enumerate(random_places(action, "calls", 2, seed=name)):
-        assert action(k, after=index % 2 == 0)["faults"] == 1
-        tally.count("interruption: exceptions in a stream")
+    for _ in each_fault(action, 2, name, "exceptions in a stream", tally):
         assert_no_trace(llm)
     assert_works(llm, expected)
 
@@ -705,9 +711,7 @@ def test_an_exception_of_the_tokenizer_in_generate_leaves_no_trace_and_others_su
         assert finish(llm, seq_ids) == expected.others
         return seen
 
-    for index, k in enumerate(random_places(action, "calls", 6, seed=name)):
-        assert action(k, after=index % 2 == 0)["faults"] == 1
-        tally.count("interruption: exceptions of the tokenizer in generate")
+    for _ in each_fault(action, 6, name, "exceptions of the tokenizer in generate", tally):
         assert_no_trace(llm)
     assert_works(llm, expected)
 
@@ -724,9 +728,7 @@ def test_ctrl_c_in_a_stream_leaves_no_trace_and_others_survive(
         assert finish(llm, seq_ids) == expected.others
         return seen
 
-    for k in random_places(action, "places", 6, seed=Path(file).name):
-        assert action(k)["interrupts"] == 1
-        tally.count("interruption: Ctrl-C in a stream")
+    for _ in each_interrupt(action, 6, file, "Ctrl-C in a stream", tally):
         assert_no_trace(llm)
     assert_works(llm, expected)
 
@@ -742,9 +744,7 @@ def test_stop_texts_are_found_in_a_loop_that_goes_on_after_ctrl_c(
             assert finish(llm, seq_ids, KeyboardInterrupt)[:-1] == stopped(expected)
         return seen
 
-    for k in random_places(action, "places", 8, seed=Path(file).name):
-        assert action(k)["interrupts"] == 1
-        tally.count("interruption: Ctrl-C in step with stop texts")
+    for _ in each_interrupt(action, 8, file, "Ctrl-C in step with stop texts", tally):
         assert_no_trace(llm)
     assert_works(llm, expected)
 
