@@ -577,6 +577,22 @@ def test_small_linear(outputs: int, inputs: int, num_tokens: int, dtype: torch.d
 
 @runs_kernels
 @dtypes
+@pytest.mark.parametrize(
+    ("num_tokens", "outputs", "inputs"),
+    [(5000, 384, 1024), (2049, 200, 200)] if CUDA else [(1100, 40, 64), (33, 40, 100)],
+)
+def test_gated_linear(num_tokens: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """Tiles that divide the weight and ones that do not; more tokens than one group of tiles."""
+    from nanovllm.kernels.gated_linear import gated_linear
+
+    x, weight = randn(num_tokens, inputs, dtype=dtype), randn(2 * outputs, inputs, dtype=dtype)
+    x *= inputs**-0.5
+    expected = silu_and_mul(F.linear(x.double(), weight.double()))
+    assert close(gated_linear(x, weight), expected)
+
+
+@runs_kernels
+@dtypes
 def test_resolve_and_embed_equals_its_twin(dtype: torch.dtype) -> None:
     from nanovllm.kernels import embedding
 
@@ -594,12 +610,21 @@ def test_resolve_and_embed_equals_its_twin(dtype: torch.dtype) -> None:
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 # The elementwise kernels need next to no shared memory: any one target shows that they compile.
 LAUNCHES = [(90, "elementwise")]
-LAUNCHES += [(sm, name) for sm in SHARED_BYTES for name in ("decode", "prefill", "matvec")]
+LAUNCHES += [(sm, name) for sm in SHARED_BYTES for name in ("decode", "prefill", "linear")]
 
 
 def launch(name: str, shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the launches of one kind, on tensors that no kernel will touch."""
-    from nanovllm.kernels import attention, embedding, filters, fused, gemv, sampler, small_linear
+    from nanovllm.kernels import (
+        attention,
+        embedding,
+        filters,
+        fused,
+        gated_linear,
+        gemv,
+        sampler,
+        small_linear,
+    )
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=dtype)
@@ -639,6 +664,8 @@ def launch(name: str, shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Non
         small_linear.small_linear(empty(64, 4096), empty(4096, 4096))
         small_linear.small_linear(empty(64, 3072), empty(1024, 3072))
         small_linear.small_linear(empty(64, 4096), empty(24576, 4096), gated=True)
+        monkeypatch.setattr(gated_linear, "shared_memory", lambda _: shared_bytes)
+        gated_linear.gated_linear(empty(3000, 1024), empty(6144, 1024))
         gemv.linear_add(empty(1, 12288), empty(4096, 12288), x[:1])
 
 

@@ -16,12 +16,13 @@ def as_ids(prompt: ListLike[int]) -> list[int]:
     """A list of token ids as plain ints (numpy's are taken too)."""
     if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, dict)):
         raise TypeError(f"a prompt must be a str or a list of token ids, got {prompt!r:.80}")
-    ids = []
-    for token in prompt:
+    ids: list[Any] = list(prompt)
+    if set(map(type, ids)) <= {int}:  # nearly always, and ten times as fast
+        return ids
+    for token in ids:
         if isinstance(token, bool) or not _is_int_like(token):
             raise TypeError(f"token ids must be ints, got {token!r:.80}")
-        ids.append(index(token))
-    return ids
+    return [index(token) for token in ids]
 
 
 def _is_int_like(value: object) -> bool:

@@ -179,9 +179,10 @@ class DecodePlan(NamedTuple):
 DECODE_PLANS = {
     16: DecodePlan(64, 64),
     64: DecodePlan(32, 64, tile=32, num_warps=2),
-    256: DecodePlan(16, 128),
-    1024: DecodePlan(8, 256, num_stages=5),
-    2**31: DecodePlan(4, 512, num_stages=5),
+    256: DecodePlan(16, 128, tile=32, num_warps=2, num_stages=5),
+    512: DecodePlan(8, 640, tile=32, num_warps=2, num_stages=3),
+    1024: DecodePlan(8, 768, num_stages=5),
+    2**31: DecodePlan(8, 1024, num_stages=5),
 }
 
 

@@ -14,6 +14,16 @@ from nanovllm.kernels.launch import launch
 
 
 @triton.jit
+def last_first() -> tl.tensor:
+    """The place of this program in a grid of one dimension, counted from the end.
+
+    What the kernel before wrote last is still in L2: it is read first, and what follows begins with
+    what is written last here.
+    """
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
 def _add_rms_norm_kernel(
     x, residual, weight, normed, new_residual, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     ADD: tl.constexpr, PDL: tl.constexpr,
@@ -25,7 +35,7 @@ def _add_rms_norm_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64) * SIZE + offsets
+    row = last_first().to(tl.int64) * SIZE + offsets
     total = tl.load(x + row, mask=mask, other=0.0)
     if ADD:
         total = (total.to(tl.float32) + tl.load(residual + row, mask=mask, other=0.0)).to(w.dtype)
@@ -59,95 +69,82 @@ def add_rms_norm(
 
 
 @triton.jit
-def partners(dims, HEAD_DIM: tl.constexpr) -> tl.tensor:
-    """The elements of a head that `dims` are rotated with."""
-    return tl.where(dims < HEAD_DIM // 2, dims + HEAD_DIM // 2, dims - HEAD_DIM // 2)
+def _norm_halves(x, y, weight, eps, halves, mask, HEAD_DIM: tl.constexpr, dtype: tl.constexpr):
+    """RMSNorm of heads whose halves are x and y, float32 [heads, len(halves)]."""
+    w_x = tl.load(weight + halves, mask=mask, other=0.0).to(tl.float32)[None, :]
+    w_y = tl.load(weight + HEAD_DIM // 2 + halves, mask=mask, other=0.0).to(tl.float32)[None, :]
+    scale = tl.rsqrt((tl.sum(x * x, axis=1) + tl.sum(y * y, axis=1)) / HEAD_DIM + eps)[:, None]
+    x = ((x * scale).to(dtype).to(tl.float32) * w_x).to(dtype).to(tl.float32)
+    y = ((y * scale).to(dtype).to(tl.float32) * w_y).to(dtype).to(tl.float32)
+    return x, y
 
 
 @triton.jit
-def load_angles(cos_sin, dims, HEAD_DIM: tl.constexpr):  # noqa: ANN201
-    """cos and signed sin [1, len(dims)] of the token whose row cos_sin points to."""
-    first = dims < HEAD_DIM // 2
-    angles = tl.where(first, dims, dims - HEAD_DIM // 2)
-    cos = tl.load(cos_sin + angles, mask=dims < HEAD_DIM, other=0.0)
-    sin = tl.load(cos_sin + HEAD_DIM // 2 + angles, mask=dims < HEAD_DIM, other=0.0)
-    return cos[None, :], tl.where(first, -sin, sin)[None, :]
-
-
-@triton.jit
-def load_weights(weight, dims, HEAD_DIM: tl.constexpr):  # noqa: ANN201
-    """A norm's weights [1, len(dims)] of `dims` and of their partners, float32."""
-    mask = dims < HEAD_DIM
-    own = tl.load(weight + dims, mask=mask, other=0.0)
-    partner = tl.load(weight + partners(dims, HEAD_DIM), mask=mask, other=0.0)
-    return own.to(tl.float32)[None, :], partner.to(tl.float32)[None, :]
-
-
-@triton.jit
-def norm_rope(
-    heads, own_weight, partner_weight, cos, sin, dims, eps, HEAD_DIM: tl.constexpr,
-    NORM: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """RMSNorm (if NORM) and rotary embedding of heads of one token.
-
-    heads: pointers [rows, 1] to each head's first element. The rest: from load_weights,
-    load_angles, and tl.arange over HEAD_DIM, padded to a power of two.
-
-    Returns [rows, len(dims)] in the dtype of heads, 0 in the padding.
-    """
-    dtype = heads.dtype.element_ty
-    mask = (dims < HEAD_DIM)[None, :]
-    # The partners are read a second time, from L1, rather than shuffled.
-    x = tl.load(heads + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(heads + partners(dims, HEAD_DIM)[None, :], mask=mask, other=0.0).to(tl.float32)
-    if NORM:
-        scale = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
-        x = ((x * scale).to(dtype).to(tl.float32) * own_weight).to(dtype).to(tl.float32)
-        y = ((y * scale).to(dtype).to(tl.float32) * partner_weight).to(dtype).to(tl.float32)
-    return (x * cos + y * sin).to(dtype)
+def _store_halves(pointers, x, y, mask, HEAD_DIM: tl.constexpr) -> None:
+    tl.store(pointers, x, mask=mask)
+    tl.store(pointers + HEAD_DIM // 2, y, mask=mask)
 
 
 @triton.jit
 def _qk_norm_rope_store_kernel(
     qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q_out, k_out, k_cache, v_cache, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr,
+    BLOCK_H: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr,
     WRITE_KEY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program for HEADS heads of a token; HEADS divides both head counts."""
-    token = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * HEADS
-    dims = tl.arange(0, BLOCK_D)
-    mask = (dims < HEAD_DIM)[None, :]
-    cos, sin = load_angles(cos_sin + tl.load(positions + token) * HEAD_DIM, dims, HEAD_DIM)
-    own_weight, partner_weight = cos, sin
-    if NORM:
-        if first < NUM_HEADS:
-            own_weight, partner_weight = load_weights(q_weight, dims, HEAD_DIM)
-        else:
-            own_weight, partner_weight = load_weights(k_weight, dims, HEAD_DIM)
+    """One program for HEADS heads of a token; HEADS divides both head counts.
+
+    A head is handled as two halves, which are rotated with each other.
+    """
+    GROUPS: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) // HEADS
+    place = last_first()
+    token = (place // GROUPS).to(tl.int64)
+    first = place % GROUPS * HEADS
+    halves = tl.arange(0, BLOCK_H)
+    in_half = halves < HEAD_DIM // 2
+    angles = cos_sin + tl.load(positions + token) * HEAD_DIM + halves
+    cos = tl.load(angles, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(angles + HEAD_DIM // 2, mask=in_half, other=0.0)[None, :]
     slot = tl.full([], -1, tl.int64)
     if STORE:
         slot = tl.load(slot_mapping + token).to(tl.int64)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    rows = (first + tl.arange(0, HEADS))[:, None] * HEAD_DIM
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    mask = in_half[None, :]
+    rows = (first + tl.arange(0, HEADS))[:, None] * HEAD_DIM + halves[None, :]
     heads = qkv + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + rows
+    x = tl.load(heads, mask=mask, other=0.0)
+    y = tl.load(heads + HEAD_DIM // 2, mask=mask, other=0.0)
     if first < NUM_HEADS + NUM_KV_HEADS:
-        x = norm_rope(heads, own_weight, partner_weight, cos, sin, dims, eps, HEAD_DIM, NORM)
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+        if NORM:
+            weight = q_weight if first < NUM_HEADS else k_weight
+            x, y = _norm_halves(x, y, weight, eps, halves, in_half, HEAD_DIM, dtype)
+        x, y = (x * cos - y * sin).to(dtype), (y * cos + x * sin).to(dtype)
         if first < NUM_HEADS:
-            tl.store(q_out + token * NUM_HEADS * HEAD_DIM + rows + dims[None, :], x, mask=mask)
+            _store_halves(q_out + token * (NUM_HEADS * HEAD_DIM) + rows, x, y, mask, HEAD_DIM)
         else:
-            offsets = rows - NUM_HEADS * HEAD_DIM + dims[None, :]
+            rows -= NUM_HEADS * HEAD_DIM
             if WRITE_KEY:
-                tl.store(k_out + token * NUM_KV_HEADS * HEAD_DIM + offsets, x, mask=mask)
+                pointers = k_out + token * (NUM_KV_HEADS * HEAD_DIM) + rows
+                _store_halves(pointers, x, y, mask, HEAD_DIM)
             if slot >= 0:
-                tl.store(k_cache + slot * NUM_KV_HEADS * HEAD_DIM + offsets, x, mask=mask)
+                pointers = k_cache + slot * (NUM_KV_HEADS * HEAD_DIM) + rows
+                _store_halves(pointers, x, y, mask, HEAD_DIM)
     elif slot >= 0:
-        offsets = rows - (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM + dims[None, :]
-        v = tl.load(heads + dims[None, :], mask=mask)
-        tl.store(v_cache + slot * NUM_KV_HEADS * HEAD_DIM + offsets, v, mask=mask)
+        rows -= (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
+        _store_halves(v_cache + slot * (NUM_KV_HEADS * HEAD_DIM) + rows, x, y, mask, HEAD_DIM)
+
+
+def rope_config(num_tokens: int, num_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """Heads a program, warps. Few tokens: small programs, so that many SMs share the work."""
+    heads = 8 if num_tokens >= 64 else 2
+    while num_heads % heads or num_kv_heads % heads:
+        heads //= 2
+    return heads, 2 if heads >= 4 else 1
 
 
 def qk_norm_rope_store(
@@ -190,16 +187,13 @@ def qk_norm_rope_store(
     k = qkv.new_empty(num_tokens, num_kv_heads, head_dim) if write_key else None
     v = qkv.view(num_tokens, -1, head_dim)[:, num_heads + num_kv_heads :]
     store = k_cache is not None and k_cache.numel() > 0
-    # Few tokens: small programs, so that many SMs share the work.
-    heads = 8 if num_tokens >= 64 else 2
-    while num_heads % heads or num_kv_heads % heads:
-        heads //= 2
+    heads, num_warps = rope_config(num_tokens, num_heads, num_kv_heads)
     launch(
-        _qk_norm_rope_store_kernel, (num_tokens, (num_heads + 2 * num_kv_heads) // heads), qkv,
+        _qk_norm_rope_store_kernel, (num_tokens * (num_heads + 2 * num_kv_heads) // heads,), qkv,
         qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q, k, k_cache, v_cache, eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim), HEADS=heads, NORM=q_weight is not None,
-        STORE=store, WRITE_KEY=write_key, num_warps=4 if heads >= 4 else 1,
+        BLOCK_H=triton.next_power_of_2(head_dim // 2), HEADS=heads, NORM=q_weight is not None,
+        STORE=store, WRITE_KEY=write_key, num_warps=num_warps,
     )  # fmt: skip
     return q, k, v
 
@@ -218,8 +212,10 @@ def _silu_and_mul_kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, 
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    PARTS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    place = last_first()
+    token = (place // PARTS).to(tl.int64)
+    columns = place % PARTS * BLOCK + tl.arange(0, BLOCK)
     mask = columns < SIZE
     gate = tl.load(gate_up + token * 2 * SIZE + columns, mask=mask)
     up = tl.load(gate_up + token * 2 * SIZE + SIZE + columns, mask=mask)
@@ -240,6 +236,6 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     assert gate_up.is_contiguous()
     out = gate_up.new_empty(num_tokens, size)
     block = min(1024, triton.next_power_of_2(size))
-    grid = (num_tokens, triton.cdiv(size, block))
+    grid = (num_tokens * triton.cdiv(size, block),)
     launch(_silu_and_mul_kernel, grid, gate_up, gate_up, out, SIZE=size, BLOCK=block)
     return out

@@ -1,5 +1,6 @@
 """Linear layers, one matrix product each, and which checkpoint tensors fill them."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm import kernels
+from nanovllm.layers.activation import SiluAndMul
 
 
 class Linear(nn.Module):
@@ -50,3 +52,34 @@ class MergedLinear(Linear):
             parts = parameter.split(list(self.output_sizes.values()))
             for shard, part in zip(self.output_sizes, parts, strict=True):
                 yield f"{shard}.{name}", part
+
+
+class GatedLinear(MergedLinear):
+    """SiLU(gate(x)) * up(x), the weights of gate_proj over those of up_proj.
+
+    Args:
+        input_size: of both.
+        output_size: of each, and of their product.
+    """
+
+    def __init__(self, input_size: int, output_size: int) -> None:
+        super().__init__(input_size, {"gate_proj": output_size, "up_proj": output_size})
+        self.act = SiluAndMul()
+        self.min_large = math.inf  # tokens, from which a kernel is faster than cuBLAS and `act`
+        if kernels.usable() and self.weight.element_size() == 2:
+            from nanovllm.kernels.gated_linear import MAX_INPUTS, MIN_TOKENS
+
+            if input_size <= MAX_INPUTS:
+                self.min_large = MIN_TOKENS
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[num_tokens, input_size] -> [num_tokens, output_size]."""
+        if len(x) <= self.max_small:
+            from nanovllm.kernels.small_linear import small_linear
+
+            return small_linear(x, self.weight, gated=True)
+        if len(x) >= self.min_large:
+            from nanovllm.kernels.gated_linear import gated_linear
+
+            return gated_linear(x, self.weight)
+        return self.act(super().forward(x))

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from nanovllm import kernels
 from nanovllm.config import ModelConfig
-from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import Attention, Backend
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.layers.linear import GatedLinear, Linear, MergedLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.utils.context import Context
 
@@ -58,18 +57,12 @@ class Qwen3MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        size = config.intermediate_size
-        self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": size, "up_proj": size})
-        self.act = SiluAndMul()
-        self.down_proj = Linear(size, config.hidden_size)
+        self.gate_up_proj = GatedLinear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
-        if len(x) > self.gate_up_proj.max_small:
-            return self.down_proj(self.act(self.gate_up_proj(x)))
-        from nanovllm.kernels.small_linear import small_linear
-
-        return self.down_proj(small_linear(x, self.gate_up_proj.weight, gated=True))
+        return self.down_proj(self.gate_up_proj(x))
 
 
 class Qwen3DecoderLayer(nn.Module):
