@@ -22,7 +22,7 @@ from torch import Tensor
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.filters import Filters, kept_threshold
-from nanovllm.layers.layernorm import add_rms_norm, rms_norm
+from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.sampler import sample
 
@@ -250,17 +250,11 @@ def test_offsets_past_32_bits() -> None:
 @runs_kernels
 @dtypes
 @pytest.mark.parametrize("size", [96, 1024])
-def test_add_rms_norm(size: int, dtype: torch.dtype) -> None:
+def test_rms_norm(size: int, dtype: torch.dtype) -> None:
     from nanovllm.kernels import fused
 
-    x, residual, weight = (randn(*shape, dtype=dtype) for shape in ((5, size), (5, size), (size,)))
-    normed, total = fused.add_rms_norm(x, residual, weight, EPS)
-    expected, expected_total = add_rms_norm(x, residual, weight, EPS)
-    assert torch.equal(total, expected_total)
-    assert close(normed, expected)
-    normed, total = fused.add_rms_norm(x, None, weight, EPS)
-    assert total is x
-    assert close(normed, rms_norm(x, weight, EPS))
+    x, weight = randn(5, size, dtype=dtype), randn(size, dtype=dtype)
+    assert close(fused.rms_norm(x, weight, EPS), rms_norm(x, weight, EPS))
 
 
 @runs_kernels
@@ -565,10 +559,13 @@ def test_small_linear(outputs: int, inputs: int, num_tokens: int, dtype: torch.d
 
     x, weight = randn(num_tokens, inputs, dtype=dtype), randn(outputs, inputs, dtype=dtype)
     bias, counters = randn(outputs, dtype=dtype), small_linear_counters(outputs).to(DEVICE)
+    residual = 30 * randn(num_tokens, outputs, dtype=dtype)
     exact = F.linear(x.double(), weight.double())
     for _ in range(2):  # a launch leaves the counters ready for the next
         assert close(small_linear(x, weight, bias, counters), exact + bias.double())
     assert close(small_linear(x, weight), exact)
+    summed = small_linear(x, weight, bias, counters, residual)
+    assert close(summed, exact + bias.double() + residual.double())
     if outputs % 2 == 0:
         x *= inputs**-0.5
         expected = silu_and_mul(F.linear(x.double(), weight.double()))
@@ -646,7 +643,7 @@ def launch(name: str, shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Non
             attention.paged_prefill(q, kv, kv, lens, lens, 300, 1.0, tiles=tiles)
     elif name == "elementwise":
         x = empty(4, 4096)
-        fused.add_rms_norm(x, x, x[0], EPS)
+        fused.rms_norm(x, x[0], EPS)
         fused.silu_and_mul(x)
         embedding.resolve_and_embed(lens, longs, lens, x)
         weight = empty(128)

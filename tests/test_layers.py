@@ -33,7 +33,8 @@ from nanovllm.layers.attention import (
     torch_prefill,
 )
 from nanovllm.layers.embed_head import resolve_and_embed
-from nanovllm.layers.layernorm import add_rms_norm, rms_norm
+from nanovllm.layers.layernorm import rms_norm
+from nanovllm.layers.linear import GatedLinear, Linear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.utils.context import Context
 from nanovllm.utils.decode_graphs import graph_sizes
@@ -400,14 +401,23 @@ def test_rms_norm(dtype: torch.dtype, eps: float, scale: float) -> None:
     )
 
 
-@dtypes
-def test_add_rms_norm_gives_the_norm_of_the_sum_and_the_sum(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, residual = torch.randn(2, 5, 48).to(dtype)
-    weight = torch.rand(48).to(dtype)
-    out, total = add_rms_norm(x, residual, weight, 1e-6)
-    assert torch.equal(total, x + residual)
-    assert torch.equal(out, rms_norm(x + residual, weight, 1e-6))
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_adds_its_output_to_a_residual(bias: bool) -> None:
+    layer = Linear(48, 32, bias=bias)
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    x, residual = torch.randn(5, 48), torch.randn(5, 32)
+    expected = residual + layer(x)
+    torch.testing.assert_close(layer(x, residual), expected)
+
+
+def test_gated_linear() -> None:
+    layer = GatedLinear(48, 32)
+    layer.weight.data.normal_()
+    x = torch.randn(5, 48)
+    gate, up = layer.weight.double().chunk(2)
+    expected = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @dtypes

@@ -1,7 +1,7 @@
-"""Elementwise work of a layer, fused: residual add + norm, QK-norm + rotary + store, SiLU * up.
+"""Elementwise work of a layer, fused: norm, QK-norm + rotary + store, SiLU * up.
 
 Twins: nanovllm.layers.layernorm, .rotary_embedding, .activation. The kernels round where the twins
-do (after the residual add, after the norm, after its weight), so both give the same tokens.
+do (after the norm, after its weight), so both give the same tokens.
 """
 
 import torch
@@ -24,9 +24,8 @@ def last_first() -> tl.tensor:
 
 
 @triton.jit
-def _add_rms_norm_kernel(
-    x, residual, weight, normed, new_residual, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    ADD: tl.constexpr, PDL: tl.constexpr,
+def _rms_norm_kernel(
+    x, weight, out, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """One program a row."""
     offsets = tl.arange(0, BLOCK)
@@ -36,36 +35,28 @@ def _add_rms_norm_kernel(
         gdc_wait()
         gdc_launch_dependents()
     row = last_first().to(tl.int64) * SIZE + offsets
-    total = tl.load(x + row, mask=mask, other=0.0)
-    if ADD:
-        total = (total.to(tl.float32) + tl.load(residual + row, mask=mask, other=0.0)).to(w.dtype)
-        tl.store(new_residual + row, total, mask=mask)
-    total = total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(total * total, axis=0) / SIZE + eps)
-    rounded = (total * scale).to(w.dtype).to(tl.float32)
-    tl.store(normed + row, rounded * w.to(tl.float32), mask=mask)
+    v = tl.load(x + row, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(v * v, axis=0) / SIZE + eps)
+    rounded = (v * scale).to(w.dtype).to(tl.float32)
+    tl.store(out + row, rounded * w.to(tl.float32), mask=mask)
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual). Twin: nanovllm.layers.layernorm.add_rms_norm.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Twin: nanovllm.layers.layernorm.rms_norm.
 
     Args:
         x: [num_tokens, size], contiguous.
-        residual: as x; None = 0, and x itself is the second result.
         weight: [size], in x's dtype.
     """
     num_tokens, size = x.shape
-    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
-    normed = torch.empty_like(x)
-    new_residual = x if residual is None else torch.empty_like(x)
+    assert x.is_contiguous()
+    out = torch.empty_like(x)
     block = triton.next_power_of_2(size)
     launch(
-        _add_rms_norm_kernel, (num_tokens,), x, x, residual, weight, normed, new_residual, eps,
-        SIZE=size, BLOCK=block, ADD=residual is not None, num_warps=min(max(block // 512, 1), 8),
+        _rms_norm_kernel, (num_tokens,), x, x, weight, out, eps, SIZE=size, BLOCK=block,
+        num_warps=min(max(block // 512, 1), 8),
     )  # fmt: skip
-    return normed, new_residual
+    return out
 
 
 @triton.jit

@@ -18,7 +18,7 @@ TILE_OUTPUTS, TILE_INPUTS = 32, 128
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _small_linear_kernel(
-    x, weight, bias, out, partial, counters, num_tokens, N: tl.constexpr, K: tl.constexpr,
+    x, weight, bias, residual, out, partial, counters, num_tokens, N: tl.constexpr, K: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -66,9 +66,9 @@ def _small_linear_kernel(
                 # .cg: from L2, where the other programs' writes are.
                 pointers = partial + part * size + places
                 acc += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
-            _store_outputs(out + places, acc, up, bias, columns, mask, N, GATED)
+            _store_outputs(out, places, acc, up, bias, residual, columns, mask, N, GATED)
     else:
-        _store_outputs(out + places, acc, up, bias, columns, mask, N, GATED)
+        _store_outputs(out, places, acc, up, bias, residual, columns, mask, N, GATED)
 
 
 @triton.jit
@@ -82,14 +82,17 @@ def _load_weight(pointers, mask, EVEN: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _store_outputs(
-    pointers, acc, up, bias, columns, mask, N: tl.constexpr, GATED: tl.constexpr
+    out, places, acc, up, bias, residual, columns, mask, N: tl.constexpr, GATED: tl.constexpr
 ) -> None:  # fmt: skip
-    dtype: tl.constexpr = pointers.dtype.element_ty
+    dtype: tl.constexpr = out.dtype.element_ty
     if bias is not None:
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if GATED:
         acc = silu_times(acc.to(dtype), up.to(dtype), dtype)
-    tl.store(pointers, acc, mask=mask)
+    if residual is not None:
+        acc = acc.to(dtype).to(tl.float32)
+        acc += tl.load(residual + places, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + places, acc, mask=mask)
 
 
 class SmallLinearPlan(NamedTuple):
@@ -130,6 +133,7 @@ def small_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     counters: Tensor | None = None,
+    residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
     """A linear layer of up to MAX_SMALL_TOKENS tokens. Twins: F.linear; gated: silu_and_mul of it.
@@ -140,6 +144,7 @@ def small_linear(
             gate over up.
         bias: [output_size]; not with gated.
         counters: from small_linear_counters; None allocates them, which costs a launch.
+        residual: [num_tokens, output_size], contiguous, to be added to the rounded output.
 
     Returns:
         [num_tokens, output_size].
@@ -148,6 +153,7 @@ def small_linear(
     output_size = len(weight) // (2 if gated else 1)
     assert num_tokens <= MAX_SMALL_TOKENS and not (gated and bias is not None)
     assert x.is_contiguous() and weight.is_contiguous()
+    assert residual is None or residual.is_contiguous()
     plan = small_linear_plan(
         num_tokens, input_size, output_size, gated, shared_memory(x.device) * 2 // x.element_size()
     )
@@ -162,7 +168,7 @@ def small_linear(
     out = x.new_empty(num_tokens, output_size)
     launch(
         _small_linear_kernel, (num_tiles, plan.num_parts), x,
-        x, weight, bias, out, partial, counters, num_tokens, N=output_size, K=input_size,
+        x, weight, bias, residual, out, partial, counters, num_tokens, N=output_size, K=input_size,
         PARTS=plan.num_parts, BLOCK_M=plan.tokens, BLOCK_N=TILE_OUTPUTS, BLOCK_K=TILE_INPUTS,
         STAGES=plan.num_stages, GATED=gated,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",

@@ -25,13 +25,21 @@ class Linear(nn.Module):
             self.max_small = MAX_SMALL_TOKENS
             self.counters = small_linear_counters(output_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[num_tokens, input_size] -> [num_tokens, output_size]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[num_tokens, input_size] -> [num_tokens, output_size].
+
+        Args:
+            residual: [num_tokens, output_size], what the output is added to; it may be overwritten.
+        """
         if len(x) <= self.max_small:
             from nanovllm.kernels.small_linear import small_linear
 
-            return small_linear(x, self.weight, self.bias, self.counters)
-        return F.linear(x, self.weight, self.bias)
+            return small_linear(x, self.weight, self.bias, self.counters, residual)
+        if residual is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.bias is None and x.is_cuda:  # within the matrix product, and rounded once
+            return residual.addmm_(x, self.weight.t())
+        return residual.add_(F.linear(x, self.weight, self.bias))
 
 
 class MergedLinear(Linear):

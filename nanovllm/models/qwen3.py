@@ -46,10 +46,17 @@ class Qwen3Attention(nn.Module):
             return None, None
         return self.q_norm.weight, self.k_norm.weight
 
-    def forward(self, x: Tensor, cos_sin: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
-        qkv = self.qkv_proj(x)
-        return self.o_proj(self.attn(qkv, self.norms, cos_sin, positions, context))
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        cos_sin: Tensor,
+        positions: Tensor,
+        context: Context,
+    ) -> Tensor:
+        """x, residual [num_tokens, hidden_size] -> residual + attention of x."""
+        heads = self.attn(self.qkv_proj(x), self.norms, cos_sin, positions, context)
+        return self.o_proj(heads, residual)
 
 
 class Qwen3MLP(nn.Module):
@@ -60,13 +67,13 @@ class Qwen3MLP(nn.Module):
         self.gate_up_proj = GatedLinear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
-        return self.down_proj(self.gate_up_proj(x))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual [num_tokens, hidden_size] -> residual + MLP of x."""
+        return self.down_proj(self.gate_up_proj(x), residual)
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """Pre-norm block. Takes and gives (x, residual): the sum of the two is the stream."""
+    """Pre-norm block."""
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
@@ -75,19 +82,10 @@ class Qwen3DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        cos_sin: Tensor,
-        positions: Tensor,
-        context: Context,
-    ) -> tuple[Tensor, Tensor]:
-        """x, residual: [num_tokens, hidden_size] each; residual is None in the first layer."""
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos_sin, positions, context)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+    def forward(self, x: Tensor, cos_sin: Tensor, positions: Tensor, context: Context) -> Tensor:
+        """The stream x [num_tokens, hidden_size] through the block; x may be overwritten."""
+        x = self.self_attn(self.input_layernorm(x), x, cos_sin, positions, context)
+        return self.mlp(self.post_attention_layernorm(x), x)
 
     def forward_few(
         self, x: Tensor, cos_sin: Tensor, positions: Tensor, context: Context
@@ -119,11 +117,9 @@ class Qwen3Model(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
         """Embeddings [num_tokens, hidden_size] -> normed hidden states of the same shape."""
-        residual = None
         for layer in self.layers:
-            x, residual = layer(x, residual, self.rotary_emb.cos_sin, positions, context)
-        x, _ = self.norm(x, residual)
-        return x
+            x = layer(x, self.rotary_emb.cos_sin, positions, context)
+        return self.norm(x)
 
     def forward_few(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
         """`forward` up to the final norm."""
