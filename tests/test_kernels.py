@@ -226,6 +226,21 @@ def test_paged_prefill(shape: Shape, dtype: torch.dtype, cached: bool) -> None:
     assert close(out, torch.cat(refs))
 
 
+@runs_kernels
+@dtypes
+def test_prefill_keeps_one_sequences_nan_from_the_others(dtype: torch.dtype) -> None:
+    """Tiles of keys reach into the sequence that follows."""
+    from nanovllm.kernels import attention
+
+    lengths = [5, 70, 33]
+    query, key, value = (randn(sum(lengths), 2, 32, dtype=dtype) for _ in range(3))
+    key[5:75] = value[5:75] = math.nan
+    limits = int32([0, *lengths]).cumsum(0, dtype=torch.int32)
+    out = attention.paged_prefill(query, key, value, limits, limits, 70, 32**-0.5)
+    for rows in slice(0, 5), slice(75, 108):
+        assert close(out[rows], attend(query[rows], key[rows], value[rows]))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 def test_offsets_past_32_bits() -> None:
@@ -674,6 +689,7 @@ def test_every_launch_fits_the_gpu(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     from triton.runtime.jit import JITFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     launches: list[tuple[JITFunction, dict[str, Any], dict[str, Any]]] = []
 
@@ -697,6 +713,8 @@ def test_every_launch_fits_the_gpu(
             elif isinstance(value, Tensor):
                 kind = "*" + TRITON_TYPES[value.dtype]
                 attributes[(index,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, TensorDescriptor):
+                kind = f"tensordesc<{TRITON_TYPES[value.base.dtype]}{value.block_shape}>"
             else:
                 kind = "fp32" if isinstance(value, float) else "i32"
             signature[parameter.name] = kind

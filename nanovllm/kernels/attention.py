@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.device import prefetch, shared_memory
 from nanovllm.kernels.launch import launch
@@ -288,8 +289,8 @@ def paged_decode(
 
 @triton.jit
 def _prefill_tiles(
-    acc, peak, total, q, k_head, v_head, table, start, end, rows_limit, scale, key_stride,
-    value_stride, dims, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    acc, peak, total, q, key, value, k_start, column, table, start, end, rows_limit, scale, dims,
+    STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
     DIAGONAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend to keys start .. end - 1; DIAGONAL: row r only to those up to rows_limit[r]."""
@@ -297,23 +298,26 @@ def _prefill_tiles(
         positions = first + tl.arange(0, KEYS)
         in_range = positions < end
         if BLOCK_SIZE == 0:
-            slots = positions.to(tl.int64)
+            k = key.load([k_start + first, column]).T
+            v = value.load([k_start + first, column])
+            if DIAGONAL:  # what follows is another sequence's, where even NaN must do no harm
+                v = tl.where(in_range[:, None], v, 0.0)
         else:
-            slots = _key_slots(table, first, end, KEYS, BLOCK_SIZE)
-        k_pointers = k_head + (slots * key_stride)[None, :] + dims[:, None]
-        v_pointers = v_head + (slots * value_stride)[:, None] + dims[None, :]
-        # Off the diagonal all keys exist: no mask, unless head_dim is padded.
-        if DIAGONAL:
-            k_mask = in_range[None, :] & (dims < HEAD_DIM)[:, None]
-            v_mask = in_range[:, None] & (dims < HEAD_DIM)[None, :]
-            k = tl.load(k_pointers, mask=k_mask, other=0.0)
-            v = tl.load(v_pointers, mask=v_mask, other=0.0)
-        elif dims.shape[0] == HEAD_DIM:
-            k = tl.load(k_pointers)
-            v = tl.load(v_pointers)
-        else:
-            k = tl.load(k_pointers, mask=(dims < HEAD_DIM)[:, None], other=0.0)
-            v = tl.load(v_pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+            places = _key_slots(table, first, end, KEYS, BLOCK_SIZE) * STRIDE + column
+            k_pointers = key + places[None, :] + dims[:, None]
+            v_pointers = value + places[:, None] + dims[None, :]
+            # Off the diagonal all keys exist: no mask, unless head_dim is padded.
+            if DIAGONAL:
+                k_mask = in_range[None, :] & (dims < HEAD_DIM)[:, None]
+                v_mask = in_range[:, None] & (dims < HEAD_DIM)[None, :]
+                k = tl.load(k_pointers, mask=k_mask, other=0.0)
+                v = tl.load(v_pointers, mask=v_mask, other=0.0)
+            elif dims.shape[0] == HEAD_DIM:
+                k = tl.load(k_pointers)
+                v = tl.load(v_pointers)
+            else:
+                k = tl.load(k_pointers, mask=(dims < HEAD_DIM)[:, None], other=0.0)
+                v = tl.load(v_pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION)
         if DIAGONAL:
             visible = positions[None, :] <= rows_limit[:, None]
@@ -330,13 +334,16 @@ def _prefill_tiles(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
-    query, key, value, out, cu_seqlens_q, cu_seqlens_k, block_tables, scale,
-    query_stride, key_stride, value_stride, table_stride,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    query, key, value, out, cu_seqlens_q, cu_seqlens_k, block_tables, scale, query_stride,
+    table_stride, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program for QUERIES queries of one head. BLOCK_SIZE 0: keys lie as the queries do."""
+    """One program for QUERIES queries of one head.
+
+    BLOCK_SIZE 0: keys and values are descriptors of tensors [num_keys, NUM_KV_HEADS * HEAD_DIM],
+    in which they lie as the queries do; else they are pointers to the caches.
+    """
     head = tl.program_id(0)
     seq = tl.program_id(2)
     if PDL:
@@ -344,8 +351,8 @@ def _prefill_kernel(
         gdc_launch_dependents()
     q_start = tl.load(cu_seqlens_q + seq).to(tl.int64)
     num_queries = (tl.load(cu_seqlens_q + seq + 1) - q_start).to(tl.int32)
-    k_start = tl.load(cu_seqlens_k + seq).to(tl.int64)
-    num_keys = (tl.load(cu_seqlens_k + seq + 1) - k_start).to(tl.int32)
+    k_start = tl.load(cu_seqlens_k + seq)
+    num_keys = tl.load(cu_seqlens_k + seq + 1) - k_start
     # The last queries first: they attend to the most keys.
     tile = tl.cdiv(num_queries, QUERIES) - 1 - tl.program_id(1)
     if tile >= 0:
@@ -356,15 +363,11 @@ def _prefill_kernel(
         q = tl.load(
             query + tokens * query_stride + head * HEAD_DIM + dims[None, :], mask=mask, other=0.0
         )
-        kv_head = head // GROUP * HEAD_DIM
-        if BLOCK_SIZE == 0:
-            k_head = key + k_start * key_stride + kv_head
-            v_head = value + k_start * value_stride + kv_head
-            table = block_tables
-        else:
-            k_head = key + kv_head
-            v_head = value + kv_head
-            table = block_tables + seq.to(tl.int64) * table_stride
+        STRIDE: tl.constexpr = NUM_HEADS // GROUP * HEAD_DIM
+        column = head // GROUP * HEAD_DIM
+        table = block_tables
+        if BLOCK_SIZE > 0:
+            table += seq.to(tl.int64) * table_stride
         # Query r attends to keys up to num_keys - num_queries + r.
         first_limit = num_keys - num_queries + tile * QUERIES
         rows_limit = first_limit + tl.arange(0, QUERIES)
@@ -374,12 +377,12 @@ def _prefill_kernel(
         peak = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
         acc, peak, total = _prefill_tiles(
-            acc, peak, total, q, k_head, v_head, table, 0, diagonal, rows_limit, scale,
-            key_stride, value_stride, dims, HEAD_DIM, BLOCK_SIZE, KEYS, False, PRECISION, STAGES,
+            acc, peak, total, q, key, value, k_start, column, table, 0, diagonal, rows_limit, scale,
+            dims, STRIDE, HEAD_DIM, BLOCK_SIZE, KEYS, False, PRECISION, STAGES,
         )  # fmt: skip
         acc, peak, total = _prefill_tiles(
-            acc, peak, total, q, k_head, v_head, table, diagonal, end, rows_limit, scale,
-            key_stride, value_stride, dims, HEAD_DIM, BLOCK_SIZE, KEYS, True, PRECISION, STAGES,
+            acc, peak, total, q, key, value, k_start, column, table, diagonal, end, rows_limit,
+            scale, dims, STRIDE, HEAD_DIM, BLOCK_SIZE, KEYS, True, PRECISION, STAGES,
         )  # fmt: skip
         pointers = out + tokens * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :]
         tl.store(pointers, acc / total[:, None], mask=mask)
@@ -450,27 +453,32 @@ def paged_prefill(
     """
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = key.size(-2)
-    block_size = 0
-    if block_tables is not None:
-        block_size = key.size(1)
-        assert key.is_contiguous() and value.is_contiguous() and block_size % 16 == 0
-        assert block_tables.stride(1) == 1
-        key, value = key.flatten(0, 1), value.flatten(0, 1)
-    assert head_dim % 16 == 0 and num_heads % num_kv_heads == 0
-    assert all(x.stride()[1:] == (head_dim, 1) for x in (query, key, value))
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    block_size = key.size(1) if block_tables is not None else 0
+    block_d = triton.next_power_of_2(head_dim)
+    assert head_dim % 16 == 0 and block_size % 16 == 0 and num_heads % num_kv_heads == 0
+    assert query.stride()[1:] == (head_dim, 1)
     if tiles is None:
         long_paged = block_size > 0 and max_query_len > 1024
         tiles = prefill_tiles(head_dim, query.dtype, shared_memory(query.device), long_paged)
+    keys: Tensor | TensorDescriptor = key
+    values: Tensor | TensorDescriptor = value
+    if block_tables is not None:
+        assert key.is_contiguous() and value.is_contiguous() and block_tables.stride(1) == 1
+    else:
+        assert all(x.stride()[1:] == (head_dim, 1) for x in (key, value))
+        shape = [len(key), num_kv_heads * head_dim]
+        keys, values = (
+            TensorDescriptor(x, shape, [x.stride(0), 1], [tiles.keys, block_d])
+            for x in (key, value)
+        )
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     num_seqs = len(cu_seqlens_q) - 1
     launch(
         _prefill_kernel, (num_heads, triton.cdiv(max_query_len, tiles.queries), num_seqs), query,
-        query, key, value, out, cu_seqlens_q, cu_seqlens_k, block_tables, scale * LOG2_E,
-        query.stride(0), key.stride(0), value.stride(0),
-        block_tables.stride(0) if block_tables is not None else 0,
+        query, keys, values, out, cu_seqlens_q, cu_seqlens_k, block_tables, scale * LOG2_E,
+        query.stride(0), block_tables.stride(0) if block_tables is not None else 0,
         NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size, QUERIES=tiles.queries, KEYS=tiles.keys,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_SIZE=block_size, QUERIES=tiles.queries, KEYS=tiles.keys, BLOCK_D=block_d,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         STAGES=tiles.num_stages, num_warps=tiles.num_warps,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.device import has_pdl
 
@@ -48,6 +49,8 @@ def _kind(argument: Any) -> Any:
     """What a compiled kernel can depend on: a tensor's type and alignment, a number itself."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape
     return argument
 
 
