@@ -262,7 +262,7 @@ def print_profile(title: str, timer: Timer) -> None:
     """A line a region: seconds in all, calls, microseconds a call."""
     print(title)
     for name, (total_s, count) in timer.totals().items():
-        print(f"  {name:<24} {total_s:9.3f}s {count:9d} calls {total_s / count * 1e6:10.1f}us")
+        print(f"  {name:<30} {total_s:9.3f}s {count:9d} calls {total_s / count * 1e6:10.1f}us")
 
 
 def run_once(llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.Random) -> None:

@@ -104,6 +104,8 @@ def test_numpy_ints_are_token_ids(llm: LLM) -> None:
     expected = completions(llm, [[5, 6], [7]], max_tokens=6)
     ids = [[np.int64(5), np.int32(6)], [np.uint8(7)]]
     assert completions(llm, ids, max_tokens=6) == expected  # type: ignore[arg-type]
+    output = llm.generate(ids, greedy(1), use_tqdm=False)[0]  # type: ignore[arg-type]
+    assert set(map(type, output["prompt_token_ids"])) == {int}
 
 
 def test_results_are_in_the_order_of_the_prompts(llm: LLM) -> None:

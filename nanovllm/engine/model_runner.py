@@ -239,17 +239,13 @@ class ModelRunner:
 
     def _run_largest_prefill(self) -> None:
         """Run the step that takes the most memory, so that its peak is known; nothing is stored."""
-        lengths = self._largest_prefill(self.config.max_num_batched_tokens)
-        self._run_empty_prefill(lengths, from_cache=False)
-
-    def _largest_prefill(self, num_tokens: int) -> list[int]:
-        """The lengths of the prompts of a step of so many tokens, as far as there can be."""
+        num_tokens = self.config.max_num_batched_tokens
         num_seqs = min(self.config.max_num_seqs, num_tokens)
         # As many sequences as may be (each has a row of logits), the first as long as may be.
         lengths = [1] * num_seqs
         for index in range(num_seqs):
             lengths[index] = min(self.config.max_model_len, num_tokens - sum(lengths) + 1)
-        return lengths
+        self._run_empty_prefill(lengths, from_cache=False)
 
     def _compile_kernels(self) -> None:
         """Compile every kernel that a step of any size launches, so that no later step has to."""
@@ -257,8 +253,6 @@ class ModelRunner:
 
         config = self.config
         self._bind_kv_cache(1)
-        # Enough tokens for the kernels of long prompts and of large steps.
-        largest = self._largest_prefill(min(2048, config.max_num_batched_tokens))
         # Attention that loops over the sequences is no kernel of ours: there fewer sizes differ.
         limit = config.max_num_seqs
         if BACKENDS[self.backend].loops_on_host:
@@ -267,8 +261,9 @@ class ModelRunner:
         layers = self.model.model.layers
         self.model.model.layers = layers[:1]  # all launch the same
         with compiling_ahead(self.device):
-            # small_linear has a kernel for up to 16, 32 and 64 tokens.
-            for lengths in ([2], [17], [33], [64] * min(2, limit), largest):
+            for lengths in kernels.dry_prefills(
+                config.max_num_batched_tokens, limit, config.max_model_len
+            ):
                 for from_cache in (False, True):
                     self._run_empty_prefill(lengths, from_cache)
             for size in {min(1 << n, limit) for n in range(limit.bit_length() + 1)}:

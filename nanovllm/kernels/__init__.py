@@ -19,3 +19,19 @@ def usable(device: torch.device | None = None) -> bool:
     """True if the kernels run on a device (torch's default one if None): CUDA, with triton."""
     device = torch.get_default_device() if device is None else device
     return device.type == "cuda" and _has_triton()
+
+
+def dry_prefills(
+    max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
+) -> list[list[int]]:
+    """Lengths of the prompts of prefill steps that launch, together, what any step launches.
+
+    Kernels differ for up to 16, 32 and 64 tokens, more, and 2,048 or more (linear layers), and for
+    prompts over 1,024 (attention).
+    """
+    most = min(2048, max_num_batched_tokens, max_num_seqs * max_model_len)
+    longest = min(most, max_model_len)
+    largest = [longest] * (most // longest)
+    if rest := most % longest:
+        largest.append(rest)
+    return [[2], [17], [33], [65], largest]

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.device import prefetch, shared_memory
+from nanovllm.kernels.device import has_tma, prefetch, shared_memory
 from nanovllm.kernels.launch import launch
 
 LOG2_E = 1.4426950408889634
@@ -290,22 +290,27 @@ def paged_decode(
 @triton.jit
 def _prefill_tiles(
     acc, peak, total, q, key, value, k_start, column, table, start, end, rows_limit, scale, dims,
-    STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
-    DIAGONAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend to keys start .. end - 1; DIAGONAL: row r only to those up to rows_limit[r]."""
     for first in tl.range(start, end, KEYS, num_stages=STAGES):
         positions = first + tl.arange(0, KEYS)
         in_range = positions < end
-        if BLOCK_SIZE == 0:
+        if TMA:
+            # Padding of head_dim is the next head's: there q is 0, and the output is not stored.
             k = key.load([k_start + first, column]).T
             v = value.load([k_start + first, column])
             if DIAGONAL:  # what follows is another sequence's, where even NaN must do no harm
                 v = tl.where(in_range[:, None], v, 0.0)
         else:
-            places = _key_slots(table, first, end, KEYS, BLOCK_SIZE) * STRIDE + column
-            k_pointers = key + places[None, :] + dims[:, None]
-            v_pointers = value + places[:, None] + dims[None, :]
+            if BLOCK_SIZE == 0:
+                slots = k_start.to(tl.int64) + positions
+            else:
+                slots = _key_slots(table, first, end, KEYS, BLOCK_SIZE)
+            k_pointers = key + (slots * KEY_STRIDE + column)[None, :] + dims[:, None]
+            v_pointers = value + (slots * VALUE_STRIDE + column)[:, None] + dims[None, :]
             # Off the diagonal all keys exist: no mask, unless head_dim is padded.
             if DIAGONAL:
                 k_mask = in_range[None, :] & (dims < HEAD_DIM)[:, None]
@@ -336,13 +341,14 @@ def _prefill_tiles(
 def _prefill_kernel(
     query, key, value, out, cu_seqlens_q, cu_seqlens_k, block_tables, scale, query_stride,
     table_stride, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for QUERIES queries of one head.
 
-    BLOCK_SIZE 0: keys and values are descriptors of tensors [num_keys, NUM_KV_HEADS * HEAD_DIM],
-    in which they lie as the queries do; else they are pointers to the caches.
+    BLOCK_SIZE 0: keys lie as the queries do; else in the caches. TMA: `key` and `value` are
+    descriptors of [num_keys, num_kv_heads * HEAD_DIM]; else pointers.
     """
     head = tl.program_id(0)
     seq = tl.program_id(2)
@@ -363,7 +369,6 @@ def _prefill_kernel(
         q = tl.load(
             query + tokens * query_stride + head * HEAD_DIM + dims[None, :], mask=mask, other=0.0
         )
-        STRIDE: tl.constexpr = NUM_HEADS // GROUP * HEAD_DIM
         column = head // GROUP * HEAD_DIM
         table = block_tables
         if BLOCK_SIZE > 0:
@@ -378,11 +383,13 @@ def _prefill_kernel(
         total = tl.zeros([QUERIES], tl.float32)
         acc, peak, total = _prefill_tiles(
             acc, peak, total, q, key, value, k_start, column, table, 0, diagonal, rows_limit, scale,
-            dims, STRIDE, HEAD_DIM, BLOCK_SIZE, KEYS, False, PRECISION, STAGES,
+            dims, KEY_STRIDE, VALUE_STRIDE, HEAD_DIM, BLOCK_SIZE, KEYS, TMA, False, PRECISION,
+            STAGES,
         )  # fmt: skip
         acc, peak, total = _prefill_tiles(
             acc, peak, total, q, key, value, k_start, column, table, diagonal, end, rows_limit,
-            scale, dims, STRIDE, HEAD_DIM, BLOCK_SIZE, KEYS, True, PRECISION, STAGES,
+            scale, dims, KEY_STRIDE, VALUE_STRIDE, HEAD_DIM, BLOCK_SIZE, KEYS, TMA, True, PRECISION,
+            STAGES,
         )  # fmt: skip
         pointers = out + tokens * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :]
         tl.store(pointers, acc / total[:, None], mask=mask)
@@ -460,12 +467,14 @@ def paged_prefill(
     if tiles is None:
         long_paged = block_size > 0 and max_query_len > 1024
         tiles = prefill_tiles(head_dim, query.dtype, shared_memory(query.device), long_paged)
-    keys: Tensor | TensorDescriptor = key
-    values: Tensor | TensorDescriptor = value
     if block_tables is not None:
         assert key.is_contiguous() and value.is_contiguous() and block_tables.stride(1) == 1
-    else:
-        assert all(x.stride()[1:] == (head_dim, 1) for x in (key, value))
+        key, value = key.flatten(0, 1), value.flatten(0, 1)
+    assert all(x.stride()[1:] == (head_dim, 1) for x in (key, value))
+    tma = block_tables is None and has_tma(query.device)
+    keys: Tensor | TensorDescriptor = key
+    values: Tensor | TensorDescriptor = value
+    if tma:
         shape = [len(key), num_kv_heads * head_dim]
         keys, values = (
             TensorDescriptor(x, shape, [x.stride(0), 1], [tiles.keys, block_d])
@@ -478,7 +487,8 @@ def paged_prefill(
         query, keys, values, out, cu_seqlens_q, cu_seqlens_k, block_tables, scale * LOG2_E,
         query.stride(0), block_tables.stride(0) if block_tables is not None else 0,
         NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size, QUERIES=tiles.queries, KEYS=tiles.keys, BLOCK_D=block_d,
+        KEY_STRIDE=key.stride(0), VALUE_STRIDE=value.stride(0), BLOCK_SIZE=block_size,
+        QUERIES=tiles.queries, KEYS=tiles.keys, BLOCK_D=block_d, TMA=tma,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         STAGES=tiles.num_stages, num_warps=tiles.num_warps,
     )  # fmt: skip

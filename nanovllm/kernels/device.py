@@ -38,6 +38,15 @@ def has_pdl(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@cache
+def has_tma(device: torch.device) -> bool:
+    """True where a tile is loaded by its descriptor in one instruction: sm_90 and later.
+
+    Elsewhere Triton makes loads of two bytes each of it. (The interpreter knows descriptors too.)
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @triton.jit
 def prefetch(pointers) -> None:
     """Ask for the cache lines (128 bytes) of pointers to be brought to L2.

@@ -1,4 +1,4 @@
-"""Elementwise work of a layer, fused: norm, QK-norm + rotary + store, SiLU * up.
+"""Elementwise work of a layer: norm; QK-norm + rotary + store; SiLU * up.
 
 Twins: nanovllm.layers.layernorm, .rotary_embedding, .activation. The kernels round where the twins
 do (after the norm, after its weight), so both give the same tokens.

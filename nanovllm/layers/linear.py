@@ -29,7 +29,8 @@ class Linear(nn.Module):
         """[num_tokens, input_size] -> [num_tokens, output_size].
 
         Args:
-            residual: [num_tokens, output_size], what the output is added to; it may be overwritten.
+            residual: [num_tokens, output_size], what the output is added to. It may be overwritten:
+                the result can be `residual` itself.
         """
         if len(x) <= self.max_small:
             from nanovllm.kernels.small_linear import small_linear
@@ -73,12 +74,11 @@ class GatedLinear(MergedLinear):
     def __init__(self, input_size: int, output_size: int) -> None:
         super().__init__(input_size, {"gate_proj": output_size, "up_proj": output_size})
         self.act = SiluAndMul()
-        self.min_large = math.inf  # tokens, from which a kernel is faster than cuBLAS and `act`
-        if kernels.usable() and self.weight.element_size() == 2:
-            from nanovllm.kernels.gated_linear import MAX_INPUTS, MIN_TOKENS
+        self.min_large: float = math.inf  # tokens from which on a kernel is faster
+        if kernels.usable():
+            from nanovllm.kernels.gated_linear import min_tokens
 
-            if input_size <= MAX_INPUTS:
-                self.min_large = MIN_TOKENS
+            self.min_large = min_tokens(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, input_size] -> [num_tokens, output_size]."""

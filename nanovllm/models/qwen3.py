@@ -54,7 +54,7 @@ class Qwen3Attention(nn.Module):
         positions: Tensor,
         context: Context,
     ) -> Tensor:
-        """x, residual [num_tokens, hidden_size] -> residual + attention of x."""
+        """x, residual [num_tokens, hidden_size] -> residual (overwritten) + attention of x."""
         heads = self.attn(self.qkv_proj(x), self.norms, cos_sin, positions, context)
         return self.o_proj(heads, residual)
 
@@ -68,7 +68,7 @@ class Qwen3MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x, residual [num_tokens, hidden_size] -> residual + MLP of x."""
+        """x, residual [num_tokens, hidden_size] -> residual (overwritten) + MLP of x."""
         return self.down_proj(self.gate_up_proj(x), residual)
 
 
@@ -83,7 +83,10 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos_sin: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """The stream x [num_tokens, hidden_size] through the block; x may be overwritten."""
+        """The stream x [num_tokens, hidden_size] through the block.
+
+        x may be overwritten, and be the result: who wants to keep a layer's output, clones it.
+        """
         x = self.self_attn(self.input_layernorm(x), x, cos_sin, positions, context)
         return self.mlp(self.post_attention_layernorm(x), x)
 
@@ -116,7 +119,7 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """Embeddings [num_tokens, hidden_size] -> normed hidden states of the same shape."""
+        """Embeddings [num_tokens, hidden_size], overwritten, -> normed hidden states."""
         for layer in self.layers:
             x = layer(x, self.rotary_emb.cos_sin, positions, context)
         return self.norm(x)
