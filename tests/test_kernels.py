@@ -716,7 +716,6 @@ LAUNCHES += [(sm, name) for sm in SHARED_BYTES for name in ("decode", "prefill",
 
 def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the launches of one kind, on tensors that no kernel will touch."""
-    shared_bytes = SHARED_BYTES[capability]
     from nanovllm.kernels import (
         attention,
         embedding,
@@ -731,6 +730,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=dtype)
 
+    shared_bytes = SHARED_BYTES[capability]
     lens, tables = empty(4, dtype=torch.int32), empty(4, 5, dtype=torch.int32)
     longs, cos_sin = empty(4, dtype=torch.int64), empty(9, 128, dtype=torch.float32)
     cache = empty(9, 256, 8, 128)

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels.device import shared_memory
-from nanovllm.kernels.fused import silu_times
+from nanovllm.kernels.fused import load_tile, silu_times
 from nanovllm.kernels.launch import launch
 
 TILE_INPUTS = 64
@@ -38,6 +38,7 @@ def _gated_linear_kernel(
     tokens = (group * GROUP + place % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = place // height * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    EVEN: tl.constexpr = K % BLOCK_K == 0
     # What lies outside is computed from the last row, and not stored: loads without a mask.
     x_rows = x + tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None] * K + k[None, :]
     w_rows = weight + tl.minimum(columns, N - 1).to(tl.int64)[None, :] * K + k[:, None]
@@ -47,15 +48,10 @@ def _gated_linear_kernel(
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if K % BLOCK_K == 0:
-            v = tl.load(x_rows + first)
-            w_gate = tl.load(w_rows + first)
-            w_up = tl.load(w_rows + N * K + first)
-        else:
-            inside = first + k < K
-            v = tl.load(x_rows + first, mask=inside[None, :], other=0.0)
-            w_gate = tl.load(w_rows + first, mask=inside[:, None], other=0.0)
-            w_up = tl.load(w_rows + N * K + first, mask=inside[:, None], other=0.0)
+        inside = first + k < K
+        v = load_tile(x_rows + first, inside[None, :], EVEN)
+        w_gate = load_tile(w_rows + first, inside[:, None], EVEN)
+        w_up = load_tile(w_rows + N * K + first, inside[:, None], EVEN)
         gate = tl.dot(v, w_gate, gate, input_precision=PRECISION)
         up = tl.dot(v, w_up, up, input_precision=PRECISION)
     dtype: tl.constexpr = out.dtype.element_ty

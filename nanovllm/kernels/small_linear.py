@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels.device import shared_memory
-from nanovllm.kernels.fused import silu_times
+from nanovllm.kernels.fused import load_tile, silu_times
 from nanovllm.kernels.launch import launch
 
 MAX_SMALL_TOKENS = 64  # beyond them cuBLAS is faster
@@ -47,10 +47,10 @@ def _small_linear_kernel(
             v = tl.load(x_rows + k, mask=x_mask, other=0.0)
         else:
             v = tl.load(x_rows + k, mask=x_mask & (k < K), other=0.0)
-        w = _load_weight(w_rows + k, w_mask & (k < K), EVEN and N % BLOCK_N == 0)
+        w = load_tile(w_rows + k, w_mask & (k < K), EVEN and N % BLOCK_N == 0)
         acc = tl.dot(v, w.T, acc, input_precision=PRECISION)
         if GATED:
-            w = _load_weight(w_rows + N * K + k, w_mask & (k < K), EVEN and N % BLOCK_N == 0)
+            w = load_tile(w_rows + N * K + k, w_mask & (k < K), EVEN and N % BLOCK_N == 0)
             up = tl.dot(v, w.T, up, input_precision=PRECISION)
     places = tokens[:, None] * N + columns[None, :]
     mask = x_mask & (columns < N)[None, :]
@@ -69,15 +69,6 @@ def _small_linear_kernel(
             _store_outputs(out, places, acc, up, bias, residual, columns, mask, N, GATED)
     else:
         _store_outputs(out, places, acc, up, bias, residual, columns, mask, N, GATED)
-
-
-@triton.jit
-def _load_weight(pointers, mask, EVEN: tl.constexpr) -> tl.tensor:
-    """A tile of the weight, EVEN where tiles divide it."""
-    if EVEN:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
