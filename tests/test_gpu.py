@@ -296,7 +296,8 @@ def test_nothing_is_compiled_after_start_up(max_num_seqs: int) -> None:
     with engine(max_model_len=4096, max_num_seqs=max_num_seqs, dtype="bfloat16") as llm:
         knobs.compilation.listener = listen
         try:
-            for lengths in ([1], [1, 2, 3], [700, 1, 64], [3000], [65] * 5, [17] * 99, [1100] * 9):
+            few = [[1], [1, 2, 3], [65] * 5, [130], [200], [17] * 99]
+            for lengths in (*few, [700, 1, 64], [3000], [1100] * 9):
                 prompts = random_prompts(lengths, vocab_size=500)
                 completions(llm, prompts, max_tokens=3)
                 completions(llm, [[*prompt, 1, 2] for prompt in prompts], max_tokens=3)

@@ -10,9 +10,11 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from conftest import Command
 from scipy import stats
 from torch import Tensor
 
+from nanovllm import kernels
 from nanovllm.kernels import dry_prefills
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.embed_head import resolve_and_embed
@@ -28,6 +31,7 @@ from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.sampler import sample
+from nanovllm.utils.device import construction
 
 pytest.importorskip("triton")
 
@@ -584,14 +588,55 @@ def test_matvec_of_inputs_that_the_widest_tile_would_not_fill(dtype: torch.dtype
     assert close(gemv.linear_add(x, weight, residual), expected)
 
 
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreted linear layer that touches memory outside its tensors fails."""
+    from nanovllm.kernels import gated_linear, small_linear
+
+    if not INTERPRETED:
+        return
+    from triton.runtime.interpreter import _interpreter
+
+    tensors: list[Tensor] = []
+    launch, load, store = small_linear.launch, _interpreter.load, _interpreter.store
+
+    def recorded(*args: Any, **options: Any) -> None:
+        bases = (getattr(argument, "base", argument) for argument in args)
+        tensors[:] = [base for base in bases if isinstance(base, Tensor)]
+        launch(*args, **options)
+
+    def check(pointers: np.ndarray, mask: Any) -> None:
+        touched = pointers[np.asarray(mask, dtype=bool)]
+        first = np.array([[tensor.data_ptr()] for tensor in tensors], dtype=np.uint64)
+        size = np.array([[tensor.nbytes] for tensor in tensors], dtype=np.uint64)
+        assert (touched - first < size).any(0).all()
+
+    def checked_load(pointers: np.ndarray, mask: Any, *args: Any) -> np.ndarray:
+        check(pointers, mask)
+        return load(pointers, mask, *args)
+
+    def checked_store(pointers: np.ndarray, value: Any, mask: Any) -> None:
+        check(pointers, mask)
+        store(pointers, value, mask)
+
+    for module in (small_linear, gated_linear):
+        monkeypatch.setattr(module, "launch", recorded)
+    monkeypatch.setattr(_interpreter, "load", checked_load)
+    monkeypatch.setattr(_interpreter, "store", checked_store)
+
+
 @runs_kernels
 @dtypes
-@pytest.mark.parametrize("num_tokens", [1, 21, 64])
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("num_tokens", [1, 16, 21, 64, 100, 256])
 @pytest.mark.parametrize(
-    ("outputs", "inputs"), [(90, 400), (64, 1536), (4096 if CUDA else 96, 256)]
+    ("outputs", "inputs"), [(90, 400), (33, 250), (64, 1408), (4096 if CUDA else 96, 256)]
 )
 def test_small_linear(outputs: int, inputs: int, num_tokens: int, dtype: torch.dtype) -> None:
-    """Tiles that divide the weight and ones that do not; inputs in one part and in several."""
+    """Tiles that divide the weight and ones that do not; inputs in one part and in several.
+
+    Rows of 250 no descriptor can load.
+    """
     from nanovllm.kernels.small_linear import small_linear, small_linear_counters
 
     x, weight = randn(num_tokens, inputs, dtype=dtype), randn(outputs, inputs, dtype=dtype)
@@ -609,8 +654,47 @@ def test_small_linear(outputs: int, inputs: int, num_tokens: int, dtype: torch.d
         assert close(small_linear(x, weight, gated=True), expected)
 
 
+def test_small_linear_plans_fit() -> None:
+    """The memory of a program, and the counters of a layer, whatever its sizes."""
+    from nanovllm.kernels.small_linear import small_linear_counters, small_linear_plan
+
+    rng = random.Random(0)
+    for _ in range(2000):
+        num_tokens, gated = rng.randint(1, 256), rng.random() < 0.5
+        inputs, outputs = (16 * rng.choice([1, 3, 40, 64, 96, 192, 256, 768]) for _ in range(2))
+        shared_bytes = rng.choice(list(SHARED_BYTES.values()))
+        plan = small_linear_plan(num_tokens, inputs, outputs, gated, shared_bytes)
+        stage_bytes = 2 * plan.inputs * (plan.tokens + plan.outputs * (2 if gated else 1))
+        assert 1 <= plan.num_stages <= shared_bytes // stage_bytes
+        assert plan.tma == (num_tokens > 64)
+        if plan.num_parts > 1:
+            assert not gated
+            assert plan.tokens >= num_tokens  # one tile of tokens
+            assert -(-outputs // plan.outputs) <= len(small_linear_counters(outputs))
+
+
+def test_small_linear_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanovllm.kernels import small_linear
+
+    def max_tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        return small_linear.max_tokens(torch.empty(*shape, dtype=dtype))
+
+    monkeypatch.setattr(small_linear, "is_hopper", lambda _: True)
+    layers_of_0_6b = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]
+    assert [max_tokens(*shape) for shape in layers_of_0_6b] == [256] * 4
+    assert max_tokens(4096, 1024, dtype=torch.float32) == 64
+    assert max_tokens(2048, 2048) == max_tokens(12288, 2048) == max_tokens(8192, 1024) == 64
+    monkeypatch.setattr(kernels, "usable", lambda: True)
+    with construction(torch.device("cpu"), torch.bfloat16):
+        layers = Linear(1024, 512), Linear(2048, 2048)
+    assert [layer.max_small for layer in layers] == [256, 64]
+    monkeypatch.setattr(small_linear, "is_hopper", lambda _: False)
+    assert max_tokens(4096, 1024) == 64
+
+
 @runs_kernels
 @dtypes
+@pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize(
     ("num_tokens", "outputs", "inputs"),
     [(5000, 384, 1024), (2049, 200, 200)] if CUDA else [(1100, 40, 64), (33, 40, 100)],
@@ -677,16 +761,26 @@ def test_launches_of_other_descriptors_are_told_apart() -> None:
 
 
 def test_dry_prefills_reach_what_any_step_launches() -> None:
-    rng = random.Random(0)
+    from nanovllm.kernels.small_linear import MAX_TOKENS, small_linear_plan
 
-    def kind(num_tokens: int) -> int:
+    rng = random.Random(0)
+    sizes = [(1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (896, 1152), (4864, 896)]
+
+    @lru_cache(None)
+    def kind(num_tokens: int) -> Any:
         """Which of the linear layers' kernels so many tokens take."""
-        return sum(num_tokens > limit for limit in (16, 32, 64, 2047))
+        if num_tokens > MAX_TOKENS:
+            return num_tokens >= 2048
+        return tuple(
+            small_linear_plan(num_tokens, *size, gated, SHARED_BYTES[90])
+            for size in sizes
+            for gated in (False, True)
+        )
 
     for _ in range(2000):
-        tokens, seqs, length = (rng.choice([2, 20, 100, 1100, 1500, 3000]) for _ in range(3))
+        tokens, seqs, length = (rng.choice([2, 20, 100, 300, 1100, 1500, 3000]) for _ in range(3))
         steps = dry_prefills(tokens, seqs, length)
-        assert all(max(step) <= max(length, 65) and min(step) > 0 for step in steps)
+        assert all(max(step) <= max(length, 257) and min(step) > 0 for step in steps)
         most = min(tokens, seqs * length)
         assert set(map(kind, range(1, most + 1))) <= {kind(sum(step)) for step in steps}
         assert min(tokens, length) <= 1024 or max(map(max, steps)) > 1024
@@ -766,10 +860,17 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         x = empty(2, 4096)
         gemv.rms_norm_gate_up(x, x[0], EPS, empty(24576, 4096))
         monkeypatch.setattr(small_linear, "shared_memory", lambda _: shared_bytes)
-        small_linear.small_linear(empty(64, 4096), empty(4096, 4096))
-        small_linear.small_linear(empty(64, 3072), empty(1024, 3072))
-        small_linear.small_linear(empty(64, 4096), empty(24576, 4096), gated=True)
+        for num_tokens in (16, 64):
+            small_linear.small_linear(empty(num_tokens, 4096), empty(4096, 4096))
+            small_linear.small_linear(empty(num_tokens, 3072), empty(1024, 3072))
+            small_linear.small_linear(empty(num_tokens, 4096), empty(24576, 4096), gated=True)
+        for num_tokens in (128, 192, 256) if capability >= 90 else ():
+            small_linear.small_linear(empty(num_tokens, 1024), empty(4096, 1024))
+            small_linear.small_linear(empty(num_tokens, 3072), empty(1024, 3072))
+            small_linear.small_linear(empty(num_tokens, 1024), empty(6144, 1024), gated=True)
         monkeypatch.setattr(gated_linear, "shared_memory", lambda _: shared_bytes)
+        full = empty(64, 1024, dtype=torch.float32), empty(4096, 1024, dtype=torch.float32)
+        small_linear.small_linear(*full)
         gated_linear.gated_linear(empty(3000, 1024), empty(6144, 1024))
         gemv.linear_add(empty(1, 12288), empty(4096, 12288), x[:1])
 
@@ -816,8 +917,12 @@ def test_every_launch_fits_the_gpu(
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert compiled.metadata.shared <= SHARED_BYTES[capability], (kernel, capability)
+        ptx = compiled.asm["ptx"]
+        assert ("griddepcontrol.wait" in ptx) == (capability >= 90), kernel
+        if capability >= 90 and any(isinstance(v, TensorDescriptor) for v in values.values()):
+            assert "cp.async.bulk.tensor" in ptx
         # Tiles come whole, or in vectors while others are computed with; never element by element.
-        if name in ("decode", "prefill"):
+        if name in ("decode", "prefill") or kernel.__name__ == "_small_linear_kernel":
             assert "ld.global.b16" not in compiled.asm["ptx"], (kernel, capability)
 
 

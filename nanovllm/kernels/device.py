@@ -25,6 +25,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 @cache
+def is_hopper(device: torch.device) -> bool:
+    """True for sm_90 (H100, H200), where the choices between a kernel and cuBLAS were measured."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
 def has_pdl(device: torch.device) -> bool:
     """True where programmatic dependent launch works: sm_90 and later.
 

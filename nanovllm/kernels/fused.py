@@ -190,15 +190,6 @@ def qk_norm_rope_store(
 
 
 @triton.jit
-def load_tile(pointers, mask, EVEN: tl.constexpr) -> tl.tensor:
-    """A tile of a matrix, 0 outside; EVEN: tiles divide it, and no mask slows the load."""
-    if EVEN:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
 def silu_times(gate, up, dtype: tl.constexpr) -> tl.tensor:
     """silu(gate) * up with the twin's rounding between the two, in float32."""
     gate = gate.to(tl.float32)

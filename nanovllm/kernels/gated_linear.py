@@ -13,12 +13,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.device import shared_memory
-from nanovllm.kernels.fused import load_tile, silu_times
+from nanovllm.kernels.device import is_hopper, shared_memory
+from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
 
 TILE_INPUTS = 64
 TOKEN_TILES_A_GROUP = 32
+
+
+@triton.jit
+def _load_tile(pointers, mask, EVEN: tl.constexpr) -> tl.tensor:
+    """A tile of a matrix, 0 outside; EVEN: tiles divide it, and no mask slows the load."""
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -49,9 +58,9 @@ def _gated_linear_kernel(
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         inside = first + k < K
-        v = load_tile(x_rows + first, inside[None, :], EVEN)
-        w_gate = load_tile(w_rows + first, inside[:, None], EVEN)
-        w_up = load_tile(w_rows + N * K + first, inside[:, None], EVEN)
+        v = _load_tile(x_rows + first, inside[None, :], EVEN)
+        w_gate = _load_tile(w_rows + first, inside[:, None], EVEN)
+        w_up = _load_tile(w_rows + N * K + first, inside[:, None], EVEN)
         gate = tl.dot(v, w_gate, gate, input_precision=PRECISION)
         up = tl.dot(v, w_up, up, input_precision=PRECISION)
     dtype: tl.constexpr = out.dtype.element_ty
@@ -65,8 +74,8 @@ def min_tokens(weight: Tensor) -> float:
 
     On an H100, where a layer has few inputs: infinitely many elsewhere.
     """
-    is_hopper = torch.cuda.get_device_capability(weight.device)[0] == 9
-    return 2048 if is_hopper and weight.element_size() == 2 and weight.size(1) <= 1024 else math.inf
+    few_inputs = weight.element_size() == 2 and weight.size(1) <= 1024
+    return 2048 if few_inputs and is_hopper(weight.device) else math.inf
 
 
 class GatedLinearTiles(NamedTuple):

@@ -1,4 +1,8 @@
-"""Linear layers for small batches, where reading the weights takes the time. Twin: F.linear."""
+"""Linear layers for small batches, where reading the weights takes the time. Twin: F.linear.
+
+What makes them faster than cuBLAS is that their launches overlap with others' (see has_pdl), and
+that what follows the matrix product (SiLU * up, the residual) is part of it.
+"""
 
 from typing import NamedTuple
 
@@ -7,53 +11,77 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.device import shared_memory
-from nanovllm.kernels.fused import load_tile, silu_times
+from nanovllm.kernels.device import is_hopper, shared_memory
+from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
 
-MAX_SMALL_TOKENS = 64  # beyond them cuBLAS is faster
-TILE_OUTPUTS, TILE_INPUTS = 32, 128
+MAX_TOKENS = 256
+FEW_TOKENS = 64  # beyond them only small layers gain
+TILE_OUTPUTS = 32  # up to FEW_TOKENS
+H100_SMS = 132
+
+
+@triton.jit
+def _load_rows(
+    matrix, first_row, first_k, num_rows, K: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_ROWS: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """A tile [BLOCK, BLOCK_K] of a matrix [num_rows, K] (TMA: its descriptor), 0 outside."""
+    if TMA:
+        return matrix.load([first_row, first_k])
+    else:
+        rows = first_row + tl.arange(0, BLOCK)
+        k = (first_k + tl.arange(0, BLOCK_K))[None, :]
+        pointers = matrix + rows.to(tl.int64)[:, None] * K + k
+        if EVEN_ROWS and EVEN_K:  # no mask: a faster load
+            return tl.load(pointers)
+        elif EVEN_K:
+            return tl.load(pointers, mask=(rows < num_rows)[:, None], other=0.0)
+        else:
+            return tl.load(pointers, mask=(rows < num_rows)[:, None] & (k < K), other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _small_linear_kernel(
     x, weight, bias, residual, out, partial, counters, num_tokens, N: tl.constexpr, K: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for one of PARTS parts of the inputs, BLOCK_N outputs and BLOCK_M tokens.
 
-    Of several parts' programs the last adds up what all have written. GATED: output n is
-    silu(row n) * row (N + n) of a weight [2 N, K].
+    Programs of the same outputs are neighbours, so that a weight is read from memory once. Of
+    several parts' programs the last adds up what all have written. GATED: output n is
+    silu(row n) * row (N + n) of a weight [2 N, K]. TMA: x and weight are descriptors, not pointers.
     """
     PART: tl.constexpr = (K + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K) * BLOCK_K
-    EVEN: tl.constexpr = K % (PARTS * BLOCK_K) == 0  # known bounds, no masks: faster loops
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.arange(0, BLOCK_M)
+    EVEN_K: tl.constexpr = K % (PARTS * BLOCK_K) == 0
+    EVEN_N: tl.constexpr = N % BLOCK_N == 0
+    NUM_ROWS: tl.constexpr = 2 * N if GATED else N
+    tiles_m = tl.cdiv(num_tokens, BLOCK_M)
+    first_token = tl.program_id(0) % tiles_m * BLOCK_M
+    first_column = tl.program_id(0) // tiles_m * BLOCK_N
     start = tl.program_id(1) * PART
-    w_mask = (columns < N)[:, None]
-    x_mask = (tokens < num_tokens)[:, None]
-    w_rows = weight + columns.to(tl.int64)[:, None] * K
-    x_rows = x + tokens[:, None] * K
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in tl.range(0, PART, BLOCK_K, num_stages=STAGES):
-        k = (start + first + tl.arange(0, BLOCK_K))[None, :]
-        if EVEN:
-            v = tl.load(x_rows + k, mask=x_mask, other=0.0)
-        else:
-            v = tl.load(x_rows + k, mask=x_mask & (k < K), other=0.0)
-        w = load_tile(w_rows + k, w_mask & (k < K), EVEN and N % BLOCK_N == 0)
+    for k in tl.range(start, start + PART, BLOCK_K, num_stages=STAGES):
+        v = _load_rows(x, first_token, k, num_tokens, K, BLOCK_M, BLOCK_K, False, EVEN_K, TMA)
+        row = first_column
+        w = _load_rows(weight, row, k, NUM_ROWS, K, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, TMA)
         acc = tl.dot(v, w.T, acc, input_precision=PRECISION)
         if GATED:
-            w = load_tile(w_rows + N * K + k, w_mask & (k < K), EVEN and N % BLOCK_N == 0)
+            row = N + first_column
+            w = _load_rows(weight, row, k, NUM_ROWS, K, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, TMA)
             up = tl.dot(v, w.T, up, input_precision=PRECISION)
+    tokens = first_token + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
     places = tokens[:, None] * N + columns[None, :]
-    mask = x_mask & (columns < N)[None, :]
+    mask = (tokens < num_tokens)[:, None] & (columns < N)[None, :]
     if PARTS > 1:
         size = num_tokens * N
         tl.store(partial + tl.program_id(1) * size + places, acc, mask=mask)
@@ -87,11 +115,18 @@ def _store_outputs(
 
 
 class SmallLinearPlan(NamedTuple):
-    """Tokens a tile, tiles in flight, and in how many parts the inputs are divided."""
+    """How one launch is divided.
+
+    tokens, outputs, inputs: of a tile. num_stages: tiles in flight. num_parts: of the inputs, a
+    program each; 1 if gated. tma: tiles are loaded by descriptors.
+    """
 
     tokens: int
+    outputs: int
+    inputs: int
     num_stages: int
-    num_parts: int
+    num_parts: int = 1
+    tma: bool = False
 
 
 def small_linear_plan(
@@ -99,16 +134,42 @@ def small_linear_plan(
 ) -> SmallLinearPlan:
     """A plan for 16-bit elements that fits so much shared memory. Measured on an H100.
 
-    The inputs of a layer with few outputs are divided, so that every SM has a program.
+    There is at most about a program an SM. Up to FEW_TOKENS, the inputs of a layer with few outputs
+    are divided, so that there are enough; beyond, tiles of outputs grow with the number of tokens.
     """
-    tokens = min(MAX_SMALL_TOKENS, max(16, triton.next_power_of_2(num_tokens)))
-    num_parts = 1
-    if not gated:
-        num_parts = triton.next_power_of_2(triton.cdiv(100, triton.cdiv(output_size, TILE_OUTPUTS)))
-        num_parts = max(1, min(4, num_parts, input_size // 512))
-    most = 4 if gated or num_parts > 1 else 8
-    stage_bytes = 2 * TILE_INPUTS * (tokens + TILE_OUTPUTS * (2 if gated else 1))
-    return SmallLinearPlan(tokens, max(1, min(most, shared_bytes // stage_bytes)), num_parts)
+
+    def stages(tokens: int, outputs: int, inputs: int, most: int) -> int:
+        stage_bytes = 2 * inputs * (tokens + outputs * (2 if gated else 1))
+        return max(1, min(most, shared_bytes // stage_bytes))
+
+    if num_tokens > FEW_TOKENS:
+        width = triton.cdiv(num_tokens, 64) * output_size  # outputs of all tiles of tokens
+        outputs = min(128, max(TILE_OUTPUTS, triton.next_power_of_2(width // H100_SMS)))
+        inputs = 128 if stages(64, outputs, 128, 4) == 4 else 64
+        # A descriptor wants rows that begin at multiples of 16 bytes.
+        return SmallLinearPlan(
+            64, outputs, inputs, stages(64, outputs, inputs, 8), tma=input_size % 8 == 0
+        )
+    tokens, outputs = 16 if num_tokens <= 16 else 64, TILE_OUTPUTS
+    if gated:
+        return SmallLinearPlan(tokens, outputs, 128, stages(tokens, outputs, 128, 4))
+    num_parts = triton.next_power_of_2(triton.cdiv(100, triton.cdiv(output_size, outputs)))
+    num_parts = max(1, min(4, num_parts, input_size // 512))
+    inputs = 256 if tokens == 16 and input_size % (256 * num_parts) == 0 else 128
+    num_stages = stages(tokens, outputs, inputs, 8)
+    return SmallLinearPlan(tokens, outputs, inputs, num_stages, num_parts)
+
+
+def max_tokens(weight: Tensor) -> int:
+    """Up to how many tokens this was measured to be faster than cuBLAS: FEW_TOKENS or MAX_TOKENS.
+
+    The latter on an H100 only, for weights as small as those of Qwen3-0.6B: there a launch that
+    overlaps with the ones before and after it is worth more than cuBLAS's better loop.
+    """
+    small = min(weight.shape) <= 1024 and weight.numel() <= 6144 * 1024
+    if small and weight.element_size() == 2 and is_hopper(weight.device):
+        return MAX_TOKENS
+    return FEW_TOKENS
 
 
 def small_linear_counters(output_size: int) -> Tensor:
@@ -127,12 +188,12 @@ def small_linear(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """A linear layer of up to MAX_SMALL_TOKENS tokens. Twins: F.linear; gated: silu_and_mul of it.
+    """A linear layer of up to MAX_TOKENS tokens. Twins: F.linear; gated: silu_and_mul of it.
 
     Args:
         x: [num_tokens, input_size], contiguous.
         weight: [output_size, input_size], contiguous, in x's dtype; gated: twice as many rows,
-            gate over up.
+            gate over up. With more than FEW_TOKENS, below sm_90, loading it is slow.
         bias: [output_size]; not with gated.
         counters: from small_linear_counters; None allocates them, which costs a launch.
         residual: [num_tokens, output_size], contiguous, to be added to the rounded output.
@@ -142,13 +203,13 @@ def small_linear(
     """
     num_tokens, input_size = x.shape
     output_size = len(weight) // (2 if gated else 1)
-    assert num_tokens <= MAX_SMALL_TOKENS and not (gated and bias is not None)
+    assert num_tokens <= MAX_TOKENS and not (gated and bias is not None)
     assert x.is_contiguous() and weight.is_contiguous()
     assert residual is None or residual.is_contiguous()
     plan = small_linear_plan(
         num_tokens, input_size, output_size, gated, shared_memory(x.device) * 2 // x.element_size()
     )
-    num_tiles = triton.cdiv(output_size, TILE_OUTPUTS)
+    num_tiles = triton.cdiv(output_size, plan.outputs) * triton.cdiv(num_tokens, plan.tokens)
     partial = None
     if plan.num_parts == 1:
         counters = None
@@ -156,12 +217,18 @@ def small_linear(
         partial = x.new_empty(plan.num_parts, num_tokens, output_size, dtype=torch.float32)
         if counters is None:
             counters = x.new_zeros(num_tiles, dtype=torch.int32)
+        assert len(counters) >= num_tiles
+    inputs: Tensor | TensorDescriptor = x
+    weights: Tensor | TensorDescriptor = weight
+    if plan.tma:
+        inputs = TensorDescriptor.from_tensor(x, [plan.tokens, plan.inputs])
+        weights = TensorDescriptor.from_tensor(weight, [plan.outputs, plan.inputs])
     out = x.new_empty(num_tokens, output_size)
     launch(
         _small_linear_kernel, (num_tiles, plan.num_parts), x,
-        x, weight, bias, residual, out, partial, counters, num_tokens, N=output_size, K=input_size,
-        PARTS=plan.num_parts, BLOCK_M=plan.tokens, BLOCK_N=TILE_OUTPUTS, BLOCK_K=TILE_INPUTS,
-        STAGES=plan.num_stages, GATED=gated,
+        inputs, weights, bias, residual, out, partial, counters, num_tokens, N=output_size,
+        K=input_size, PARTS=plan.num_parts, BLOCK_M=plan.tokens, BLOCK_N=plan.outputs,
+        BLOCK_K=plan.inputs, STAGES=plan.num_stages, GATED=gated, TMA=plan.tma,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     return out

@@ -20,9 +20,9 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
         self.max_small = 0  # tokens, up to which the kernel is faster than cuBLAS
         if kernels.usable():
-            from nanovllm.kernels.small_linear import MAX_SMALL_TOKENS, small_linear_counters
+            from nanovllm.kernels.small_linear import max_tokens, small_linear_counters
 
-            self.max_small = MAX_SMALL_TOKENS
+            self.max_small = max_tokens(self.weight)
             self.counters = small_linear_counters(output_size)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
