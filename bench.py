@@ -126,7 +126,7 @@ class Floor:
 
     A decode step must read the weights once and the K/V of its sequences, blocks that several of
     them share once. A prefill step must do the arithmetic of its tokens, or read the weights,
-    whichever takes longer.
+    whichever takes longer. Tokens that nothing is sampled from need only K and V of the last layer.
     """
 
     def __init__(self, llm: LLM, machine: Machine) -> None:
@@ -141,8 +141,12 @@ class Floor:
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self.weight_bytes -= 0 if tied else embedding.nbytes
         self.token_bytes = kv_cache[:, :, 0, 0].nbytes
-        layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
-        self.flops_per_token = 2 * layers
+        weights = [p.numel() for p in model.model.layers.parameters() if p.dim() > 1]
+        self.flops_per_token = 2 * sum(weights)
+        config = self.model_config
+        kv_weights = 2 * config.num_kv_heads * config.head_dim * config.hidden_size
+        # Beyond K and V in the last layer.
+        self.flops_per_last = 2 * (sum(weights) // config.num_layers - kv_weights)
         self.flops_per_logits = 2 * embedding.numel()
         self.weights_s = self.kv_s = self.prefill_s = self.linear_s = 0.0
         self.num_decode_steps = self.num_prefill_steps = 0
@@ -163,19 +167,22 @@ class Floor:
             self.kv_s += kv_bytes / self.machine.read_bytes_per_s
 
     def _linear_flops(self, batch: Batch) -> int:
+        """Arithmetic of a prefill step's linear layers, were the last layer computed in full."""
         return batch.num_tokens * self.flops_per_token
 
     def _flops(self, batch: Batch) -> int:
-        """Arithmetic of a prefill step: linear layers, causal attention, logits."""
+        """Arithmetic that a prefill step needs: linear layers, causal attention, logits."""
         config = self.model_config
+        ends = [item.end for item in batch.items if item.samples]
+        linear = self._linear_flops(batch)
+        linear -= (batch.num_tokens - len(ends)) * self.flops_per_last
         # Query i attends to i + 1 keys; two products of head_dim per head, query and key.
         pairs = sum(
             (item.start + 1 + item.end) * (item.end - item.start) / 2 for item in batch.items
         )
-        attention = 4 * pairs * config.num_heads * config.head_dim * config.num_layers
-        num_sampled = sum(item.samples for item in batch.items)
-        logits = num_sampled * self.flops_per_logits
-        return int(self._linear_flops(batch) + attention + logits)
+        pairs = pairs * (config.num_layers - 1) + sum(ends)
+        attention = 4 * pairs * config.num_heads * config.head_dim
+        return int(linear + attention + len(ends) * self.flops_per_logits)
 
     def _distinct_tokens(self, batch: Batch) -> int:
         """Tokens whose K/V a decode step reads. Blocks that are shared are full ones."""
@@ -193,8 +200,8 @@ class Floor:
         return (
             f"Floor: {self.total_s:.3f}s (K/V {self.kv_s:.3f}s + weights {self.weights_s:.3f}s "
             f"in {self.num_decode_steps} decode steps, {self.num_prefill_steps} prefill steps "
-            f"{self.prefill_s:.3f}s, their linear layers alone {self.linear_s:.3f}s = "
-            f"{self.linear_s / elapsed_s:.1%}) "
+            f"{self.prefill_s:.3f}s; linear layers alone, every token through all of them, "
+            f"{self.linear_s:.3f}s = {self.linear_s / elapsed_s:.1%}) "
             f"at {self.machine.read_bytes_per_s / 1e9:.1f} GB/s and "
             f"{self.machine.flops_per_s / 1e12:.2f} TFLOP/s measured here; "
             f"reached: {self.total_s / elapsed_s:.1%}"

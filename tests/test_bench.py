@@ -73,17 +73,21 @@ def test_shared_blocks_count_once(tiny_model: Path) -> None:
 
 
 def test_prefill_floor_is_arithmetic(tiny_model: Path) -> None:
+    """In two chunks, of which only the second samples: one token goes through the whole model."""
     spec = ModelSpec()
-    with watched(tiny_model) as (llm, _):
+    with watched(tiny_model, max_num_batched_tokens=6) as (llm, _):
         floor = bench.Floor(llm, bench.Machine(read_bytes_per_s=1e30, flops_per_s=1.0))
         llm.add_request(random_prompts([10], spec.vocab_size)[0])
         floor.count(llm.scheduler.schedule())
+        floor.count(llm.scheduler.schedule())
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    per_layer = spec.hidden_size * (2 * q_size + 2 * kv_size + 3 * spec.intermediate_size)
-    attention = 4 * (10 * 11 / 2) * q_size * spec.num_layers
-    linear = 2 * 10 * per_layer * spec.num_layers
+    kv_proj = spec.hidden_size * 2 * kv_size
+    per_layer = kv_proj + spec.hidden_size * (2 * q_size + 3 * spec.intermediate_size)
+    before_last = 10 * (spec.num_layers - 1) * per_layer
+    linear = 2 * (before_last + 10 * kv_proj + per_layer - kv_proj)
+    attention = 4 * q_size * ((10 * 11 / 2) * (spec.num_layers - 1) + 10)
     assert floor.prefill_s == linear + attention + 2 * spec.vocab_size * spec.hidden_size
-    assert floor.linear_s == linear
+    assert floor.linear_s == 2 * 10 * per_layer * spec.num_layers
 
 
 def test_busy_time_counts_what_overlaps_once() -> None:

@@ -31,6 +31,7 @@ from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.sampler import sample
+from nanovllm.utils.context import query_tiles
 from nanovllm.utils.device import construction
 
 pytest.importorskip("triton")
@@ -48,6 +49,12 @@ def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
     if INTERPRETED:
         return test
     return pytest.mark.gpu(pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")(test))
+
+
+def runs_on_hopper(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that launches a Gluon kernel, which nothing interprets, on sm_90."""
+    is_hopper = CUDA and torch.cuda.get_device_capability() == (9, 0)
+    return pytest.mark.gpu(pytest.mark.skipif(not is_hopper, reason="needs sm_90")(test))
 
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -258,6 +265,99 @@ def test_prefill_keeps_one_sequences_nan_from_the_others(
         assert close(out[rows], attend(query[rows], key[rows], value[rows]))
 
 
+def query_tiles_of(queries: list[int], keys: list[int]) -> Tensor:
+    return torch.from_numpy(query_tiles(queries, keys)).to(DEVICE)
+
+
+@runs_on_hopper
+@dtypes
+@pytest.mark.parametrize(
+    "shape", [Shape(16, 8, 128, 256), Shape(7, 1, 128, 128)], ids=lambda s: "-".join(map(str, s))
+)
+@pytest.mark.parametrize("cached", [True, False])
+def test_hopper_prefill(shape: Shape, dtype: torch.dtype, cached: bool) -> None:
+    """Lengths at the edges of tiles and of their halves; more tiles than programs."""
+    from nanovllm.kernels.hopper_attention import hopper_prefill
+
+    queries = [1, 63, 64, 65, 127, 128, 129, 255, 1000, 1024, 300]
+    earlier = [40, 0, 256, 1, 3, 900, 128, 129, 3100, 1, 77] if cached else [0] * len(queries)
+    lengths = [a + b for a, b in zip(queries, earlier, strict=True)]
+    cache = Cache(shape, lengths, dtype)
+    query = randn(sum(queries), shape.num_heads, 128, dtype=dtype)
+    sequences = list(cache.keys_and_values())
+    if cached:
+        keys, values = cache.k, cache.v
+    else:  # rows with a stride, as views of a merged projection are
+        merged = torch.cat([torch.cat(kv, dim=1) for kv in sequences])
+        keys, values = merged.split(shape.num_kv_heads, dim=1)
+    refs = [attend(q, *kv) for q, kv in zip(query.split(queries), sequences, strict=True)]
+    tables = cache.tables if cached else None
+    for _ in range(2):
+        out = hopper_prefill(
+            query, keys, values, query_tiles_of(queries, lengths), 128**-0.5, tables
+        )
+        assert close(out, torch.cat(refs))
+        for part, ref in zip(out.split(queries), refs, strict=True):
+            assert close(part, ref)
+
+
+@runs_on_hopper
+@dtypes
+def test_hopper_prefill_keeps_one_sequences_nan_from_the_others(dtype: torch.dtype) -> None:
+    from nanovllm.kernels.hopper_attention import hopper_prefill
+
+    lengths = [5, 70, 200, 133]
+    query, key, value = (randn(sum(lengths), 2, 128, dtype=dtype) for _ in range(3))
+    key[5:75] = value[5:75] = math.nan
+    out = hopper_prefill(query, key, value, query_tiles_of(lengths, lengths), 128**-0.5)
+    for rows in slice(0, 5), slice(75, 275), slice(275, 408):
+        assert close(out[rows], attend(query[rows], key[rows], value[rows]))
+
+
+def test_query_tiles_hold_every_query_once() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        queries = [rng.choice([1, 127, 128, 129, 1000]) for _ in range(rng.randint(1, 9))]
+        keys = [length + rng.choice([0, 0, 1, 500]) for length in queries]
+        tiles = query_tiles(queries, keys)
+        assert tiles.dtype == np.int32
+        seen = []
+        for first, num_rows, limit, num_keys, key_row, seq in tiles.tolist():
+            start = first - sum(queries[:seq])
+            assert start % 128 == 0
+            assert 0 < num_rows == min(128, queries[seq] - start)
+            assert (num_keys, key_row) == (keys[seq], sum(keys[:seq]))
+            assert limit == keys[seq] - queries[seq] + start
+            seen.extend(range(first, first + num_rows))
+        assert sorted(seen) == list(range(sum(queries)))
+        last_keys = tiles[:, 2] + tiles[:, 1]
+        assert (np.diff(last_keys) <= 0).all()
+
+
+def test_hopper_prefill_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanovllm.kernels import hopper_attention
+
+    def is_faster(
+        lengths: list[int],
+        block_size: int = 0,
+        head_dim: int = 128,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> bool:
+        query = torch.empty(sum(lengths), 16, head_dim, dtype=dtype)
+        return hopper_attention.is_faster(query, lengths, block_size)
+
+    monkeypatch.setattr(hopper_attention, "is_hopper", lambda _: True)
+    assert is_faster([1024] * 2)
+    assert is_faster([256] * 8, block_size=256)
+    assert not is_faster([1000])
+    assert not is_faster([17] * 500)
+    assert not is_faster([1024] * 2, block_size=64)
+    assert not is_faster([1024] * 2, head_dim=64)
+    assert not is_faster([1024] * 2, dtype=torch.float32)
+    monkeypatch.setattr(hopper_attention, "is_hopper", lambda _: False)
+    assert not is_faster([1024] * 2)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 def test_offsets_past_32_bits() -> None:
@@ -274,6 +374,11 @@ def test_offsets_past_32_bits() -> None:
     cu_q, cu_k = int32([0, 1]), int32([0, 600])
     out = attention.paged_prefill(query, cache, cache, cu_q, cu_k, 1, 128**-0.5, table)
     assert close(out, ref)
+    if torch.cuda.get_device_capability() == (9, 0):
+        from nanovllm.kernels.hopper_attention import hopper_prefill
+
+        tiles = query_tiles_of([1], [600])
+        assert close(hopper_prefill(query, cache, cache, tiles, 128**-0.5, table), ref)
 
 
 # ---- elementwise, sampling, matrix-vector products
@@ -591,7 +696,7 @@ def test_matvec_of_inputs_that_the_widest_tile_would_not_fill(dtype: torch.dtype
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interpreted linear layer that touches memory outside its tensors fails."""
-    from nanovllm.kernels import gated_linear, small_linear
+    from nanovllm.kernels import small_linear
 
     if not INTERPRETED:
         return
@@ -619,8 +724,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
         check(pointers, mask)
         store(pointers, value, mask)
 
-    for module in (small_linear, gated_linear):
-        monkeypatch.setattr(module, "launch", recorded)
+    monkeypatch.setattr(small_linear, "launch", recorded)
     monkeypatch.setattr(_interpreter, "load", checked_load)
     monkeypatch.setattr(_interpreter, "store", checked_store)
 
@@ -692,40 +796,64 @@ def test_small_linear_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPa
     assert max_tokens(4096, 1024) == 64
 
 
-@runs_kernels
+@runs_on_hopper
 @dtypes
-@pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize(
     ("num_tokens", "outputs", "inputs"),
-    [(5000, 384, 1024), (2049, 200, 200)] if CUDA else [(1100, 40, 64), (33, 40, 100)],
+    [(5000, 384, 1024), (2049, 200, 200), (1, 8, 8), (3000, 3072, 1024)],
 )
 def test_gated_linear(num_tokens: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
-    """Tiles that divide the weight and ones that do not; more tokens than one group of tiles."""
+    """Tiles that divide the weight and ones that do not; more tiles than programs."""
     from nanovllm.kernels.gated_linear import gated_linear
 
     x, weight = randn(num_tokens, inputs, dtype=dtype), randn(2 * outputs, inputs, dtype=dtype)
     x *= inputs**-0.5
     expected = silu_and_mul(F.linear(x.double(), weight.double()))
-    assert close(gated_linear(x, weight), expected)
+    for _ in range(2):
+        assert close(gated_linear(x, weight), expected)
 
 
-@runs_kernels
-def test_linear_layers_round_where_their_twins_do() -> None:
-    """After the matrix product, before what follows: sums that float16 cannot hold show it."""
-    from nanovllm.kernels.gated_linear import gated_linear
-    from nanovllm.kernels.small_linear import small_linear
+def test_gated_linear_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanovllm.kernels import gated_linear
 
+    def min_tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> float:
+        return gated_linear.min_tokens(torch.empty(*shape, dtype=dtype))
+
+    monkeypatch.setattr(gated_linear, "is_hopper", lambda _: True)
+    assert min_tokens(6144, 1024) == min_tokens(24576, 4096) == 2048
+    assert min_tokens(6144, 1024, dtype=torch.float32) == math.inf
+    assert min_tokens(6152, 1024) == min_tokens(6144, 1028) == math.inf  # TMA loads no such rows
+    monkeypatch.setattr(gated_linear, "is_hopper", lambda _: False)
+    assert min_tokens(6144, 1024) == math.inf
+
+
+def rounding_case() -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and a gate over it, with sums that float16 cannot hold."""
     x = torch.ones(3, 64, dtype=torch.float16, device=DEVICE)
     weight = 32 * torch.ones(32, 64, dtype=torch.float16, device=DEVICE)
     weight[:, 0] = 33  # 2049 in all
-    residual = torch.ones(3, 32, dtype=torch.float16, device=DEVICE)
-    assert torch.equal(small_linear(x, weight, residual=residual), F.linear(x, weight) + residual)
     gate = torch.zeros_like(weight)
     gate[:, 0] = 1
-    both = torch.cat([gate, weight])
-    expected = silu_and_mul(F.linear(x, both))
-    assert torch.equal(gated_linear(x, both), expected)
-    assert torch.equal(small_linear(x, both, gated=True), expected)
+    return x, weight, torch.cat([gate, weight])
+
+
+@runs_kernels
+def test_small_linear_rounds_where_its_twins_do() -> None:
+    """After the matrix product, before what follows."""
+    from nanovllm.kernels.small_linear import small_linear
+
+    x, weight, both = rounding_case()
+    residual = torch.ones(3, 32, dtype=torch.float16, device=DEVICE)
+    assert torch.equal(small_linear(x, weight, residual=residual), F.linear(x, weight) + residual)
+    assert torch.equal(small_linear(x, both, gated=True), silu_and_mul(F.linear(x, both)))
+
+
+@runs_on_hopper
+def test_gated_linear_rounds_where_its_twins_do() -> None:
+    from nanovllm.kernels.gated_linear import gated_linear
+
+    x, _, both = rounding_case()
+    assert torch.equal(gated_linear(x, both), silu_and_mul(F.linear(x, both)))
 
 
 @runs_kernels
@@ -817,6 +945,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         fused,
         gated_linear,
         gemv,
+        hopper_attention,
         sampler,
         small_linear,
     )
@@ -843,6 +972,10 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
             attention.paged_prefill(q, cache, cache, lens, lens, longest, 1.0, tables)
             if longest == 300:
                 attention.paged_prefill(q, kv, kv, lens, lens, longest, 1.0)
+        if capability == 90:
+            tiles = empty(4, 6, dtype=torch.int32)
+            hopper_attention.hopper_prefill(q, kv, kv, tiles, 1.0)
+            hopper_attention.hopper_prefill(q, cache, cache, tiles, 1.0, tables)
     elif name == "elementwise":
         x = empty(4, 4096)
         fused.rms_norm(x, x[0], EPS)
@@ -868,10 +1001,10 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
             small_linear.small_linear(empty(num_tokens, 1024), empty(4096, 1024))
             small_linear.small_linear(empty(num_tokens, 3072), empty(1024, 3072))
             small_linear.small_linear(empty(num_tokens, 1024), empty(6144, 1024), gated=True)
-        monkeypatch.setattr(gated_linear, "shared_memory", lambda _: shared_bytes)
         full = empty(64, 1024, dtype=torch.float32), empty(4096, 1024, dtype=torch.float32)
         small_linear.small_linear(*full)
-        gated_linear.gated_linear(empty(3000, 1024), empty(6144, 1024))
+        if capability == 90:
+            gated_linear.gated_linear(empty(3000, 1024), empty(6144, 1024))
         gemv.linear_add(empty(1, 12288), empty(4096, 12288), x[:1])
 
 
@@ -882,8 +1015,8 @@ def test_every_launch_fits_the_gpu(
 ) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import JITFunction
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     launches: list[tuple[JITFunction, dict[str, Any], dict[str, Any]]] = []
 
@@ -907,19 +1040,21 @@ def test_every_launch_fits_the_gpu(
             elif isinstance(value, Tensor):
                 kind = "*" + TRITON_TYPES[value.dtype]
                 attributes[(index,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, TensorDescriptor):
-                kind = f"tensordesc<{TRITON_TYPES[value.base.dtype]}{value.block_shape}>"
+            elif hasattr(value, "block_shape"):
+                layout = f",{value.layout!r}" if kernel.is_gluon() else ""
+                kind = f"tensordesc<{TRITON_TYPES[value.base.dtype]}{value.block_shape}{layout}>"
             else:
                 kind = "fp32" if isinstance(value, float) else "i32"
                 if kind == "i32" and value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(index,)] = [["tt.divisibility", 16]]
             signature[parameter.name] = kind
-        source = ASTSource(kernel, signature, constants, attributes)
+        source_class = GluonASTSource if kernel.is_gluon() else ASTSource
+        source = source_class(kernel, signature, constants, attributes)
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert compiled.metadata.shared <= SHARED_BYTES[capability], (kernel, capability)
         ptx = compiled.asm["ptx"]
         assert ("griddepcontrol.wait" in ptx) == (capability >= 90), kernel
-        if capability >= 90 and any(isinstance(v, TensorDescriptor) for v in values.values()):
+        if capability >= 90 and any(hasattr(v, "block_shape") for v in values.values()):
             assert "cp.async.bulk.tensor" in ptx
         # Tiles come whole, or in vectors while others are computed with; never element by element.
         if name in ("decode", "prefill") or kernel.__name__ == "_small_linear_kernel":

@@ -21,7 +21,7 @@ from nanovllm.layers.logprobs import token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
-from nanovllm.utils.context import Context
+from nanovllm.utils.context import Context, query_tiles
 from nanovllm.utils.decode_graphs import DecodeGraphs, DecodeRow, StepInputs, StepTensors
 from nanovllm.utils.device import construction, resolve_device, resolve_dtype
 from nanovllm.utils.loader import fill_random, load_weights
@@ -259,7 +259,7 @@ class ModelRunner:
             limit = min(limit, 64)
         inputs = StepInputs(limit, self.blocks_per_seq, self.device)
         layers = self.model.model.layers
-        self.model.model.layers = layers[:1]  # all launch the same
+        self.model.model.layers = layers[:2]  # all launch the same, but for the last one
         with compiling_ahead(self.device):
             for lengths in kernels.dry_prefills(
                 config.max_num_batched_tokens, limit, config.max_model_len
@@ -439,6 +439,9 @@ class ModelRunner:
     def _prefill_context(
         self, query_lens: list[int], key_lens: list[int], slots: np.ndarray
     ) -> Context:
+        tiles = None
+        if self.device.type == "cuda":
+            tiles = self._to_device(query_tiles(query_lens, key_lens), torch.int32)
         return Context(
             is_prefill=True,
             slot_mapping=self._to_device(slots, torch.int32),
@@ -447,6 +450,7 @@ class ModelRunner:
             block_size=self.block_size,
             cu_seqlens_q=self._to_device([0, *accumulate(query_lens)], torch.int32),
             cu_seqlens_k=self._to_device([0, *accumulate(key_lens)], torch.int32),
+            query_tiles=tiles,
         )
 
     def _prepare_decode(self, items: list[ScheduledSequence]) -> tuple[StepTensors, Context]:

@@ -1,106 +1,155 @@
 """The gated half of the MLP for a long prefill: SiLU(gate) * up leaves the matrix product itself.
 
-Twin: silu_and_mul of F.linear. As a matrix product alone cuBLAS is faster; but its output, twice as
-wide, has to be written and read again.
+Twin: silu_and_mul of F.linear. As a matrix product alone cuBLAS is 2 % faster; but its output,
+twice as wide, has to be written and read again. For Hopper only: see kernels.hopper.
 """
 
 import math
-from typing import NamedTuple
 
-import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.device import is_hopper, shared_memory
-from nanovllm.kernels.fused import silu_times
+from nanovllm.kernels.device import is_hopper, num_sms
+from nanovllm.kernels.hopper import descriptor, new_barriers
 from nanovllm.kernels.launch import launch
 
+# Measured on an H100. The sums of gate and up for a tile fill the registers of two warp groups, and
+# the stages, with a tile of outputs, shared memory.
+TILE_TOKENS = 128
+TILE_OUTPUTS = 128
 TILE_INPUTS = 64
-TOKEN_TILES_A_GROUP = 32
+STAGES = 4
+TOKEN_TILES_A_GROUP = 16
 
 
-@triton.jit
-def _load_tile(pointers, mask, EVEN: tl.constexpr) -> tl.tensor:
-    """A tile of a matrix, 0 outside; EVEN: tiles divide it, and no mask slows the load."""
-    if EVEN:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=mask, other=0.0)
+@gluon.jit
+def _place(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
+    """Row and column of a tile: GROUP rows take turns with a tile of the weight, from L2."""
+    group, place = tile // (GROUP * tiles_n), tile % (GROUP * tiles_n)
+    height = gl.minimum(tiles_m - group * GROUP, GROUP)
+    return group * GROUP + place % height, place // height
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _gated_linear_kernel(
-    x, weight, out, num_tokens, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+@gluon.jit
+def _load_tiles(
+    x, weight, x_ring, w_ring, full, empty, tiles_m, tiles_n, N: gl.constexpr, K: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One program for a tile [BLOCK_M, BLOCK_N]. Output n is silu(row n) * row (N + n).
+    """The producer."""
+    STAGES: gl.constexpr = x_ring.shape[0]
+    BLOCK_M: gl.constexpr = x_ring.shape[1]
+    BLOCK_N: gl.constexpr = w_ring.shape[1] // 2
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    count = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        m, n = _place(tile, tiles_m, tiles_n, GROUP)
+        for k in range(0, K, BLOCK_K):
+            stage = count % STAGES
+            bar, w = full.index(stage), w_ring.index(stage)
+            gate, up = w.slice(0, BLOCK_N), w.slice(BLOCK_N, BLOCK_N)
+            mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+            mbarrier.expect(bar, (BLOCK_M + 2 * BLOCK_N) * BLOCK_K * 2)
+            tma.async_copy_global_to_shared(x, [m * BLOCK_M, k], bar, x_ring.index(stage))
+            tma.async_copy_global_to_shared(weight, [n * BLOCK_N, k], bar, gate)
+            tma.async_copy_global_to_shared(weight, [N + n * BLOCK_N, k], bar, up)
+            count += 1
 
-    GROUP tiles of tokens take turns with the same tile of the weight, which stays in L2.
-    """
-    tiles_m = tl.cdiv(num_tokens, BLOCK_M)
-    GROUP_TILES: tl.constexpr = GROUP * ((N + BLOCK_N - 1) // BLOCK_N)
-    group, place = tl.program_id(0) // GROUP_TILES, tl.program_id(0) % GROUP_TILES
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    tokens = (group * GROUP + place % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = place // height * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    EVEN: tl.constexpr = K % BLOCK_K == 0
-    # What lies outside is computed from the last row, and not stored: loads without a mask.
-    x_rows = x + tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None] * K + k[None, :]
-    w_rows = weight + tl.minimum(columns, N - 1).to(tl.int64)[None, :] * K + k[:, None]
+
+@gluon.jit
+def _multiply_tiles(
+    out, x_ring, w_ring, out_tile, full, empty, tiles_m, tiles_n, K: gl.constexpr,
+    GROUP: gl.constexpr,
+):  # fmt: skip
+    """The consumer, two warp groups."""
+    STAGES: gl.constexpr = x_ring.shape[0]
+    BLOCK_M: gl.constexpr = x_ring.shape[1]
+    BLOCK_N: gl.constexpr = w_ring.shape[1] // 2
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    dtype: gl.constexpr = out_tile.dtype
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 2 * BLOCK_N, 16])
+    count = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        m, n = _place(tile, tiles_m, tiles_n, GROUP)
+        acc = gl.zeros([BLOCK_M, 2 * BLOCK_N], gl.float32, layout)
+        for k in range(0, K, BLOCK_K):
+            stage = count % STAGES
+            mbarrier.wait(full.index(stage), count // STAGES & 1)
+            w = w_ring.index(stage).permute((1, 0))
+            acc = warpgroup_mma(x_ring.index(stage), w, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), pred=k > 0)
+            count += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES))
+        gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute((0, 2, 1)).split()
+        # Rounded where the twins round.
+        gate = gate.to(dtype).to(gl.float32)
+        activated = (gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32)
+        y = activated * up.to(dtype).to(gl.float32)
+        tma.store_wait(0)  # the tile before has left shared memory
+        out_tile.store(y.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out, [m * BLOCK_M, n * BLOCK_N], out_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_tokens"])
+def _gated_linear_kernel(
+    x, weight, out, num_tokens, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Tensors come as descriptors. Output n is silu(row n) * row (N + n) of a weight [2 N, K]."""
+    dtype: gl.constexpr = x.dtype
+    BLOCK_M: gl.constexpr = x.block_shape[0]
+    BLOCK_K: gl.constexpr = x.block_shape[1]
+    BLOCK_N: gl.constexpr = out.block_shape[1]
+    x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], x.layout)
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES, 2 * BLOCK_N, BLOCK_K], weight.layout)
+    out_tile = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], out.layout)
+    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 1)
+    fence_async_shared()
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        inside = first + k < K
-        v = _load_tile(x_rows + first, inside[None, :], EVEN)
-        w_gate = _load_tile(w_rows + first, inside[:, None], EVEN)
-        w_up = _load_tile(w_rows + N * K + first, inside[:, None], EVEN)
-        gate = tl.dot(v, w_gate, gate, input_precision=PRECISION)
-        up = tl.dot(v, w_up, up, input_precision=PRECISION)
-    dtype: tl.constexpr = out.dtype.element_ty
-    y = silu_times(gate.to(dtype), up.to(dtype), dtype)
-    mask = (tokens < num_tokens)[:, None] & (columns < N)[None, :]
-    tl.store(out + tokens.to(tl.int64)[:, None] * N + columns[None, :], y, mask=mask)
+    tiles_m, tiles_n = gl.cdiv(num_tokens, BLOCK_M), gl.cdiv(N, BLOCK_N)
+    gl.warp_specialize(
+        [
+            (_multiply_tiles, (
+                out, x_ring, w_ring, out_tile, full, empty, tiles_m, tiles_n, K, GROUP,
+            )),
+            (_load_tiles, (x, weight, x_ring, w_ring, full, empty, tiles_m, tiles_n, N, K, GROUP)),
+        ],
+        [1], [40],
+    )  # fmt: skip
 
 
 def min_tokens(weight: Tensor) -> float:
-    """From how many tokens this was measured to be faster than cuBLAS and silu_and_mul.
+    """From how many tokens on this was measured to be faster than cuBLAS and silu_and_mul.
 
-    On an H100, where a layer has few inputs: infinitely many elsewhere.
+    Infinitely many where there is no such kernel. TMA wants rows that begin at multiples of 16
+    bytes.
     """
-    few_inputs = weight.element_size() == 2 and weight.size(1) <= 1024
-    return 2048 if few_inputs and is_hopper(weight.device) else math.inf
+    fits = weight.element_size() == 2 and len(weight) % 16 == 0 and weight.size(1) % 8 == 0
+    return 2048 if fits and is_hopper(weight.device) else math.inf
 
 
-class GatedLinearTiles(NamedTuple):
-    """Tokens and outputs a tile, tiles of inputs in flight, warps."""
-
-    tokens: int
-    outputs: int
-    num_stages: int
-    num_warps: int
-
-
-def gated_linear_tiles(dtype: torch.dtype, shared_bytes: int) -> GatedLinearTiles:
-    """Tiles that fit so much shared memory. Measured on an H100."""
-    if dtype == torch.float32:
-        return GatedLinearTiles(32, 32, 1, 4)
-    stage_bytes = 2 * TILE_INPUTS * (128 + 2 * 128)
-    return GatedLinearTiles(128, 128, min(4, shared_bytes // stage_bytes), 8)
-
-
-def gated_linear(x: Tensor, weight: Tensor, tiles: GatedLinearTiles | None = None) -> Tensor:
+def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     """silu_and_mul(linear(x)), the wide intermediate never written.
 
     Args:
-        x: [num_tokens, input_size], contiguous.
-        weight: [2 * output_size, input_size], contiguous, gate over up, in x's dtype.
+        x: [num_tokens, input_size] bf16 or fp16, contiguous.
+        weight: [2 * output_size, input_size], contiguous, gate over up, in x's dtype. Both sizes
+            are multiples of 8.
 
     Returns:
         [num_tokens, output_size].
@@ -108,13 +157,12 @@ def gated_linear(x: Tensor, weight: Tensor, tiles: GatedLinearTiles | None = Non
     num_tokens, input_size = x.shape
     output_size = len(weight) // 2
     assert x.is_contiguous() and weight.is_contiguous() and weight.size(1) == input_size
-    tiles = tiles or gated_linear_tiles(x.dtype, shared_memory(x.device))
     out = x.new_empty(num_tokens, output_size)
-    grid = triton.cdiv(num_tokens, tiles.tokens) * triton.cdiv(output_size, tiles.outputs)
+    num_tiles = triton.cdiv(num_tokens, TILE_TOKENS) * triton.cdiv(output_size, TILE_OUTPUTS)
     launch(
-        _gated_linear_kernel, (grid,), x, x, weight, out, num_tokens, N=output_size, K=input_size,
-        BLOCK_M=tiles.tokens, BLOCK_N=tiles.outputs, BLOCK_K=TILE_INPUTS, GROUP=TOKEN_TILES_A_GROUP,
-        STAGES=tiles.num_stages, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=tiles.num_warps,
+        _gated_linear_kernel, (min(num_tiles, num_sms(x.device)),), x,
+        descriptor(x, TILE_TOKENS, TILE_INPUTS), descriptor(weight, TILE_OUTPUTS, TILE_INPUTS),
+        descriptor(out, TILE_TOKENS, TILE_OUTPUTS), num_tokens, N=output_size, K=input_size,
+        GROUP=TOKEN_TILES_A_GROUP, STAGES=STAGES, num_warps=8,
     )  # fmt: skip
     return out

@@ -10,7 +10,6 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.device import has_pdl
 
@@ -49,7 +48,7 @@ def _kind(argument: Any) -> Any:
     """What a compiled kernel can depend on: a tensor's type and alignment, a number itself."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, TensorDescriptor):
+    if hasattr(argument, "block_shape"):  # a tensor descriptor, Triton's or Gluon's
         return argument.base.dtype, *argument.block_shape
     return argument
 

@@ -195,19 +195,26 @@ def flash_decode(inputs: AttentionInputs) -> Tensor:
 
 
 def triton_prefill(inputs: AttentionInputs) -> Tensor:
-    """Prefill with the kernel of nanovllm.kernels.attention."""
+    """Prefill with the kernel of nanovllm.kernels.hopper_attention or of .attention."""
+    from nanovllm.kernels import hopper_attention
     from nanovllm.kernels.attention import paged_prefill
 
-    context = inputs.context
-    from_cache = context.block_tables is not None
+    context, query, scale = inputs.context, inputs.query, inputs.scale
+    key, value, block_size = inputs.key, inputs.value, 0
+    if context.block_tables is not None:
+        key, value, block_size = inputs.k_cache, inputs.v_cache, context.block_size
+    if hopper_attention.is_faster(query, context.query_lens, block_size):
+        return hopper_attention.hopper_prefill(
+            query, key, value, context.query_tiles, scale, context.block_tables
+        )
     return paged_prefill(
-        inputs.query,
-        inputs.k_cache if from_cache else inputs.key,
-        inputs.v_cache if from_cache else inputs.value,
+        query,
+        key,
+        value,
         context.cu_seqlens_q,
         context.cu_seqlens_k,
         context.max_query_len,
-        inputs.scale,
+        scale,
         context.block_tables,
     )
 

@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.utils.context import Context
-
 
 def resolve_and_embed(
     sources: Tensor, sampled: Tensor, context_lens: Tensor, weight: Tensor
@@ -44,15 +42,6 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
 
-    def forward(self, hidden: Tensor, context: Context, out: Tensor | None = None) -> Tensor:
-        """Logits of the positions that are sampled.
-
-        Args:
-            hidden: [num_tokens, hidden_size].
-
-        Returns:
-            [num_sampled, vocab_size] in hidden's dtype: `out`, if given.
-        """
-        if context.logit_rows is not None:
-            hidden = hidden[context.logit_rows]
+    def forward(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[num_tokens, hidden_size] -> logits [num_tokens, vocab_size]: `out`, if given."""
         return torch.mm(hidden, self.weight.T, out=out)

@@ -53,9 +53,16 @@ class Qwen3Attention(nn.Module):
         cos_sin: Tensor,
         positions: Tensor,
         context: Context,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """x, residual [num_tokens, hidden_size] -> residual (overwritten) + attention of x."""
+        """x, residual [num_tokens, hidden_size] -> residual (overwritten) + attention of x.
+
+        Args:
+            rows: int64, those of the result to compute; None: all.
+        """
         heads = self.attn(self.qkv_proj(x), self.norms, cos_sin, positions, context)
+        if rows is not None:
+            heads, residual = heads[rows], residual[rows]
         return self.o_proj(heads, residual)
 
 
@@ -82,12 +89,22 @@ class Qwen3DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos_sin: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos_sin: Tensor,
+        positions: Tensor,
+        context: Context,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """The stream x [num_tokens, hidden_size] through the block.
 
         x may be overwritten, and be the result: who wants to keep a layer's output, clones it.
+
+        Args:
+            rows: int64, those of the result to compute; None: all. K and V of all are stored.
         """
-        x = self.self_attn(self.input_layernorm(x), x, cos_sin, positions, context)
+        x = self.self_attn(self.input_layernorm(x), x, cos_sin, positions, context, rows)
         return self.mlp(self.post_attention_layernorm(x), x)
 
     def forward_few(
@@ -119,9 +136,15 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """Embeddings [num_tokens, hidden_size], overwritten, -> normed hidden states."""
-        for layer in self.layers:
+        """Embeddings [num_tokens, hidden_size], overwritten, -> normed hidden states.
+
+        Of the positions that `context.logit_rows` names: the others end with the last layer's keys
+        and values, since no layer after it attends to them.
+        """
+        *layers, last_layer = self.layers
+        for layer in layers:
             x = layer(x, self.rotary_emb.cos_sin, positions, context)
+        x = last_layer(x, self.rotary_emb.cos_sin, positions, context, context.logit_rows)
         return self.norm(x)
 
     def forward_few(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
@@ -166,7 +189,7 @@ class Qwen3ForCausalLM(nn.Module):
             [num_sampled, vocab_size] in the model's dtype: `out`, if given.
         """
         x = self.model.embed_tokens(input_ids)
-        return self.lm_head(self.model(x, positions, context), context, out=out)
+        return self.lm_head(self.model(x, positions, context), out=out)
 
     @torch.inference_mode()
     def decode(
@@ -174,7 +197,7 @@ class Qwen3ForCausalLM(nn.Module):
     ) -> Tensor:
         """A decode step: embeddings [num_seqs, hidden_size] to logits [num_seqs, vocab_size]."""
         if len(x) > self.max_few:
-            return self.lm_head(self.model(x, positions, context), context, out=out)
+            return self.lm_head(self.model(x, positions, context), out=out)
         from nanovllm.kernels.gemv import rms_norm_linear
 
         norm = self.model.norm

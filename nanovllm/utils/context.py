@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from torch import Tensor
+
+QUERY_TILE = 128  # see query_tiles
 
 
 @dataclass
@@ -25,8 +28,9 @@ class Context:
         block_tables: int32 [num_seqs, max blocks], -1 padded. Decode, and a prefill in which some
             sequence attends to keys of earlier steps.
         block_size: token positions in a block.
-        logit_rows: int64 [num_sampled], the rows of the hidden states to compute logits for;
-            None = all.
+        logit_rows: int64 [num_sampled], the tokens to compute logits for; None = all.
+        query_tiles: int32 [num_tiles, 6], from query_tiles, for kernels.hopper_attention. Prefill
+            on CUDA only.
         decode_workspace: scratch memory of the Triton decode kernel (kernels.attention).
     """
 
@@ -40,6 +44,7 @@ class Context:
     context_lens: Tensor | None = None
     block_tables: Tensor | None = None
     logit_rows: Tensor | None = None
+    query_tiles: Tensor | None = None
     decode_workspace: "tuple[Tensor, ...] | None" = None
 
     @cached_property
@@ -69,3 +74,25 @@ class Context:
                     runs.append(slice(first, end))
             all_runs.append(runs)
         return all_runs
+
+
+def query_tiles(query_lens: list[int], key_lens: list[int]) -> np.ndarray:
+    """A prefill's queries, cut into tiles of up to QUERY_TILE queries of one sequence.
+
+    Tiles with the most keys come first, so that programs which take them in turn end together.
+
+    Returns:
+        int32 [num_tiles, 6]: the tile's first row in the step; its rows; the last key that its
+        first row attends to (each row after it attends to one more); the sequence's keys; their
+        first row, if all of the step's keys lie in a row; the sequence.
+    """
+    queries, keys = np.array(query_lens), np.array(key_lens)
+    counts = -(-queries // QUERY_TILE)
+    seqs = np.repeat(np.arange(len(queries)), counts)
+    starts = QUERY_TILE * (np.arange(len(seqs)) - np.repeat(np.cumsum(counts) - counts, counts))
+    rows = (np.cumsum(queries) - queries)[seqs] + starts
+    num_rows = np.minimum(queries[seqs] - starts, QUERY_TILE)
+    limits = (keys - queries)[seqs] + starts
+    key_rows = (np.cumsum(keys) - keys)[seqs]
+    tiles = np.stack([rows, num_rows, limits, keys[seqs], key_rows, seqs], axis=1)
+    return tiles[np.argsort(-limits - num_rows, kind="stable")].astype(np.int32)
