@@ -498,7 +498,9 @@ def test_each_sampled_id_goes_to_its_own_sequence() -> None:
     scheduler.postprocess(batch, [100, 200])
     assert [seq.completion_token_ids for seq in seqs] == [[100], [200], []]
     scheduler.postprocess(must_schedule(scheduler), [300])
-    scheduler.postprocess(must_schedule(scheduler), [101, 201, 301])
+    batch = must_schedule(scheduler)
+    assert [item.seq for item in batch.items] == seqs[::-1]  # the longest first
+    scheduler.postprocess(batch, [301, 201, 101])
     assert [seq.completion_token_ids for seq in seqs] == [[100, 101], [200, 201], [300, 301]]
 
 

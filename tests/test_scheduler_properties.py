@@ -220,7 +220,11 @@ class Simulation:
     def check_batch(self, batch: Batch) -> None:
         assert batch.items
         ids = [item.seq.seq_id for item in batch.items]
-        assert ids == sorted(set(ids)), "first come, first served"
+        in_turn = sorted(set(ids))
+        if not batch.is_prefill:  # among sequences of one length too
+            ends = {item.seq.seq_id: item.end for item in batch.items}
+            in_turn.sort(key=lambda seq_id: -ends[seq_id])
+        assert ids == in_turn, "first come, first served; the longest first in a decode"
         if batch.is_prefill:
             assert batch.num_tokens <= self.max_num_batched_tokens
             assert all(item.samples for item in batch.items[:-1])

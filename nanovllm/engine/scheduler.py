@@ -124,6 +124,8 @@ class Scheduler:
             youngest = seqs.pop()
             num_missing -= self.block_manager.needs_block(youngest)
             self._preempt(youngest)
+        # Longest first: a GPU takes rows in this order, and what it ends with should be short.
+        seqs.sort(key=len, reverse=True)
         items = []
         for seq in seqs:
             if self.block_manager.needs_block(seq):
