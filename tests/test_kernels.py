@@ -347,15 +347,15 @@ def test_hopper_prefill_is_used_where_it_was_measured(monkeypatch: pytest.Monkey
         return hopper_attention.is_faster(query, lengths, block_size)
 
     monkeypatch.setattr(hopper_attention, "is_hopper", lambda _: True)
-    assert is_faster([1024] * 2)
-    assert is_faster([256] * 8, block_size=256)
-    assert not is_faster([1000])
-    assert not is_faster([17] * 500)
-    assert not is_faster([1024] * 2, block_size=64)
-    assert not is_faster([1024] * 2, head_dim=64)
-    assert not is_faster([1024] * 2, dtype=torch.float32)
+    assert is_faster([1024] * 4)
+    assert is_faster([384] * 11, block_size=256)
+    assert not is_faster([1000] * 4)
+    assert not is_faster([300] * 20)
+    assert not is_faster([1024] * 4, block_size=64)
+    assert not is_faster([1024] * 4, head_dim=64)
+    assert not is_faster([1024] * 4, dtype=torch.float32)
     monkeypatch.setattr(hopper_attention, "is_hopper", lambda _: False)
-    assert not is_faster([1024] * 2)
+    assert not is_faster([1024] * 4)
 
 
 @pytest.mark.gpu
@@ -888,7 +888,8 @@ def test_launches_of_other_descriptors_are_told_apart() -> None:
     assert len(set(kinds)) == 4
 
 
-def test_dry_prefills_reach_what_any_step_launches() -> None:
+def test_dry_prefills_reach_what_any_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanovllm.kernels import hopper_attention
     from nanovllm.kernels.small_linear import MAX_TOKENS, small_linear_plan
 
     rng = random.Random(0)
@@ -905,13 +906,27 @@ def test_dry_prefills_reach_what_any_step_launches() -> None:
             for gated in (False, True)
         )
 
+    monkeypatch.setattr(hopper_attention, "is_hopper", lambda _: True)
+
+    def attention(lengths: list[int]) -> str:
+        """Which kernel attends."""
+        query = torch.empty(sum(lengths), 1, 128, dtype=torch.bfloat16)
+        if hopper_attention.is_faster(query, lengths, 256):
+            return "hopper"
+        return "long" if max(lengths) > 1024 else "short"
+
     for _ in range(2000):
-        tokens, seqs, length = (rng.choice([2, 20, 100, 300, 1100, 1500, 3000]) for _ in range(3))
+        choices = [2, 20, 100, 300, 400, 1100, 1500, 3000, 9000]
+        tokens, seqs, length = (rng.choice(choices) for _ in range(3))
         steps = dry_prefills(tokens, seqs, length)
         assert all(max(step) <= max(length, 257) and min(step) > 0 for step in steps)
+        assert all(len(step) <= seqs for step in steps)
         most = min(tokens, seqs * length)
         assert set(map(kind, range(1, most + 1))) <= {kind(sum(step)) for step in steps}
-        assert min(tokens, length) <= 1024 or max(map(max, steps)) > 1024
+        compiled = set(map(attention, steps))
+        for own in {min(length, tokens), rng.randint(1, min(length, tokens))}:
+            count = rng.randint(1, max(1, min(seqs, tokens // own)))
+            assert attention([own] * count) in compiled
 
 
 @runs_kernels

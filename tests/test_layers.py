@@ -1,6 +1,7 @@
 """The parts: K/V storage, the tensors of a step, attention, norms, rotary embedding, kernels."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from nanovllm import SamplingParams
+from nanovllm import LLM, SamplingParams
 from nanovllm.config import ModelConfig, read_json
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import ScheduledSequence
@@ -177,6 +178,26 @@ def test_a_chunk_that_ends_within_the_prompt_has_no_row_of_logits(runner: ModelR
     assert context.key_lens == [20, 5]
     assert context.logit_rows is not None
     assert context.logit_rows.tolist() == [16]
+
+
+def test_the_last_layer_ends_with_the_rows_that_are_sampled(tiny_model: Path) -> None:
+    """But it stores the K and V of all tokens. Rows of a chunk that samples nothing: none."""
+    with LLM(str(tiny_model), max_num_batched_tokens=32) as llm:
+        assert llm.model_runner is not None
+        seen: list[tuple[int, int]] = []
+        layers = llm.model_runner.model.model.layers
+        for index in (len(layers) - 2, len(layers) - 1):
+            layers[index].mlp.register_forward_hook(
+                lambda _module, inputs, _out, index=index: seen.append((index, len(inputs[0])))
+            )
+        cache = llm.model_runner.kv_cache.fill_(math.nan)
+        params = SamplingParams(max_tokens=1, ignore_eos=True)
+        prompts = random_prompts([5, 7, 40], vocab_size=300)
+        llm.generate(prompts, params, use_tqdm=False)
+        before_last, last = len(layers) - 2, len(layers) - 1
+        assert seen == [(before_last, 32), (last, 2), (before_last, 20), (last, 1)]
+        num_stored = (~cache[:, last].isnan().any(dim=-1)).sum(dim=(1, 2, 3))
+        assert num_stored.tolist() == 2 * [52 * llm.config.model_config.num_kv_heads]
 
 
 # --- what was never written is never read ----------------------------------------------------
@@ -470,6 +491,7 @@ def test_rotary_angles_are_float32_whatever_the_default_dtype() -> None:
 
 INTERPRETED_STORE = """
 import json
+import math
 import torch
 from nanovllm.kernels.store_kvcache import store_kvcache
 from nanovllm.layers.attention import store_kvcache as twin

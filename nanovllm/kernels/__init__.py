@@ -27,11 +27,12 @@ def dry_prefills(
     """Lengths of the prompts of prefill steps that launch, together, what any step launches.
 
     Kernels differ for up to 16, 64, 128, 192 and 256 tokens, more, and 2,048 or more (linear
-    layers: small_linear_plan, gated_linear.min_tokens), and for prompts over 1,024 (attention).
+    layers: small_linear_plan, gated_linear.min_tokens); for prompts over 1,024 (attention), and for
+    4,096 or more tokens of long prompts (hopper_attention.is_faster).
     """
-    most = min(2048, max_num_batched_tokens, max_num_seqs * max_model_len)
-    longest = min(most, max_model_len)
-    largest = [longest] * (most // longest)
-    if rest := most % longest:
-        largest.append(rest)
-    return [[2], [17], [65], [129], [193], [257], largest]
+    steps = [[2], [17], [65], [129], [193], [257]]
+    for num_tokens in (2048, 4096):
+        most = min(num_tokens, max_num_batched_tokens, max_num_seqs * max_model_len)
+        longest = min(most, max_model_len)
+        steps.append([longest] * -(-most // longest))
+    return steps

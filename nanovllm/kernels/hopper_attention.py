@@ -24,6 +24,7 @@ from nanovllm.kernels.hopper import descriptor, new_barriers
 from nanovllm.kernels.launch import launch
 from nanovllm.utils.context import QUERY_TILE
 
+MIN_TOKENS = 4096
 HEAD_DIM = 128
 KEYS = 128  # a tile
 STAGES = 2
@@ -222,7 +223,9 @@ def _hopper_prefill_kernel(
 
 
 def is_faster(query: Tensor, query_lens: list[int], block_size: int) -> bool:
-    """True for steps in which this was measured to be faster than kernels.attention: long ones.
+    """True for steps in which this was measured to be faster than kernels.attention.
+
+    Those of many tokens, in sequences long enough to fill most of their tiles.
 
     Args:
         query: [num_tokens, num_heads, head_dim].
@@ -231,12 +234,8 @@ def is_faster(query: Tensor, query_lens: list[int], block_size: int) -> bool:
     """
     num_tokens, _, head_dim = query.shape
     fits = head_dim == HEAD_DIM and block_size % KEYS == 0 and query.element_size() == 2
-    return (
-        fits
-        and is_hopper(query.device)
-        and num_tokens >= 2048
-        and num_tokens >= 256 * len(query_lens)
-    )
+    is_long = num_tokens >= MIN_TOKENS and num_tokens >= 3 * QUERY_TILE * len(query_lens)
+    return fits and is_long and is_hopper(query.device)
 
 
 def hopper_prefill(
