@@ -283,8 +283,10 @@ def test_a_stop_id_seen_late_ends_the_request_there(prompts: list[list[int]]) ->
         assert blocks.num_free_blocks == blocks.num_blocks
 
 
-@pytest.mark.parametrize("max_num_seqs", [1, 100])
-def test_nothing_is_compiled_after_start_up(max_num_seqs: int) -> None:
+@pytest.mark.parametrize(("max_num_seqs", "head_dim"), [(1, 32), (100, 32), (100, 128)])
+def test_nothing_is_compiled_after_start_up(
+    checkpoint: CheckpointFactory, max_num_seqs: int, head_dim: int
+) -> None:
     """Whatever lengths and numbers of sequences come: the first run is as fast as the second."""
     from triton import knobs
 
@@ -293,12 +295,15 @@ def test_nothing_is_compiled_after_start_up(max_num_seqs: int) -> None:
     def listen(*, src: Any, **_: Any) -> None:
         compiled.append(src.name)
 
-    with engine(max_model_len=4096, max_num_seqs=max_num_seqs, dtype="bfloat16") as llm:
+    model = checkpoint(ModelSpec(head_dim=head_dim, max_position_embeddings=4096))
+    options = {"max_num_seqs": max_num_seqs, "gpu_memory_utilization": 0.15}
+    with LLM(str(model), dtype="bfloat16", **options) as llm:
         knobs.compilation.listener = listen
         try:
             few = [[1], [1, 2, 3], [65] * 5, [130], [200], [17] * 99]
-            for lengths in (*few, [700, 1, 64], [3000], [1100] * 9):
-                prompts = random_prompts(lengths, vocab_size=500)
+            # With 18,000 tokens the last prompt is computed in two chunks.
+            for lengths in (*few, [700, 1, 64], [3000], [1100] * 9, [3000] * 6):
+                prompts = random_prompts(lengths, vocab_size=300)
                 completions(llm, prompts, max_tokens=3)
                 completions(llm, [[*prompt, 1, 2] for prompt in prompts], max_tokens=3)
         finally:
@@ -306,9 +311,10 @@ def test_nothing_is_compiled_after_start_up(max_num_seqs: int) -> None:
     assert compiled == []
 
 
-def test_long_contexts_equal_transformers(checkpoint: CheckpointFactory) -> None:
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_long_contexts_equal_transformers(checkpoint: CheckpointFactory, head_dim: int) -> None:
     """32,000 tokens, in two chunks: the error of the logits is that of the rounding."""
-    spec = ModelSpec(max_position_embeddings=40_960)
+    spec = ModelSpec(head_dim=head_dim, max_position_embeddings=40_960)
     model = checkpoint(spec)
     prompt = random_prompts([32_000], spec.vocab_size)[0]
     options = {"dtype": "bfloat16", "max_model_len": 33_000, "gpu_memory_utilization": 0.15}

@@ -164,6 +164,11 @@ class Cache:
         for slots in self.slots:
             yield self.k.flatten(0, 1)[slots], self.v.flatten(0, 1)[slots]
 
+    def in_a_row(self) -> tuple[Tensor, ...]:
+        """K and V of all sequences; rows with a stride, as views of a merged projection are."""
+        merged = torch.cat([torch.cat(kv, dim=1) for kv in self.keys_and_values()])
+        return merged.split(self.k.size(2), dim=1)
+
 
 def decode_lengths(block_size: int) -> list[int]:
     """Lengths of sequences at the edges of blocks and tiles; 0 is padding."""
@@ -232,11 +237,7 @@ def test_paged_prefill(
     query = randn(sum(queries), shape.num_heads, shape.head_dim, dtype=dtype)
     cu_q, cu_k = (int32([0, *x]).cumsum(0, dtype=torch.int32) for x in (queries, lengths))
     sequences = list(cache.keys_and_values())
-    if cached:
-        keys, values = cache.k, cache.v
-    else:  # rows with a stride, as views of a merged projection are
-        merged = torch.cat([torch.cat(kv, dim=1) for kv in sequences])
-        keys, values = merged.split(shape.num_kv_heads, dim=1)
+    keys, values = (cache.k, cache.v) if cached else cache.in_a_row()
     out = attention.paged_prefill(
         query, keys, values, cu_q, cu_k, max(queries), shape.head_dim**-0.5,
         cache.tables if cached else None,
@@ -285,11 +286,7 @@ def test_hopper_prefill(shape: Shape, dtype: torch.dtype, cached: bool) -> None:
     cache = Cache(shape, lengths, dtype)
     query = randn(sum(queries), shape.num_heads, 128, dtype=dtype)
     sequences = list(cache.keys_and_values())
-    if cached:
-        keys, values = cache.k, cache.v
-    else:  # rows with a stride, as views of a merged projection are
-        merged = torch.cat([torch.cat(kv, dim=1) for kv in sequences])
-        keys, values = merged.split(shape.num_kv_heads, dim=1)
+    keys, values = (cache.k, cache.v) if cached else cache.in_a_row()
     refs = [attend(q, *kv) for q, kv in zip(query.split(queries), sequences, strict=True)]
     tables = cache.tables if cached else None
     for _ in range(2):
