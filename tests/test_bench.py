@@ -90,6 +90,21 @@ def test_prefill_floor_is_arithmetic(tiny_model: Path) -> None:
     assert floor.linear_s == 2 * 10 * per_layer * spec.num_layers
 
 
+def test_prefill_floor_of_few_tokens_is_the_weights_they_need(tiny_model: Path) -> None:
+    """A chunk that samples nothing ends with the last layer's keys and values."""
+    spec = ModelSpec()
+    with watched(tiny_model, max_num_batched_tokens=6) as (llm, _):
+        floor = bench.Floor(llm, bench.Machine(read_bytes_per_s=1.0, flops_per_s=1e30))
+        llm.add_request(random_prompts([10], spec.vocab_size)[0])
+        floor.count(llm.scheduler.schedule())
+        first_chunk = floor.prefill_s
+        floor.count(llm.scheduler.schedule())
+    q_size = spec.num_heads * spec.head_dim
+    rest = spec.hidden_size * (2 * q_size + 3 * spec.intermediate_size + spec.vocab_size)
+    assert floor.prefill_s == first_chunk + floor.weight_bytes
+    assert first_chunk == floor.weight_bytes - rest * FLOAT32
+
+
 def test_busy_time_counts_what_overlaps_once() -> None:
     spans = [(5.0, 6.0), (1.0, 3.0), (2.0, 2.5), (2.9, 4.0), (6.0, 7.0)]
     assert bench.busy_time(spans) == (pytest.approx(5.0), 6.0)

@@ -31,7 +31,7 @@ from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.sampler import sample
-from nanovllm.utils.context import query_tiles
+from nanovllm.utils.context import cut_queries
 from nanovllm.utils.device import construction
 
 pytest.importorskip("triton")
@@ -267,7 +267,7 @@ def test_prefill_keeps_one_sequences_nan_from_the_others(
 
 
 def query_tiles_of(queries: list[int], keys: list[int]) -> Tensor:
-    return torch.from_numpy(query_tiles(queries, keys)).to(DEVICE)
+    return torch.from_numpy(cut_queries(queries, keys)).to(DEVICE)
 
 
 @runs_on_hopper
@@ -316,7 +316,7 @@ def test_query_tiles_hold_every_query_once() -> None:
     for _ in range(300):
         queries = [rng.choice([1, 127, 128, 129, 1000]) for _ in range(rng.randint(1, 9))]
         keys = [length + rng.choice([0, 0, 1, 500]) for length in queries]
-        tiles = query_tiles(queries, keys)
+        tiles = cut_queries(queries, keys)
         assert tiles.dtype == np.int32
         seen = []
         for first, num_rows, limit, num_keys, key_row, seq in tiles.tolist():
@@ -797,10 +797,13 @@ def test_small_linear_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPa
 @dtypes
 @pytest.mark.parametrize(
     ("num_tokens", "outputs", "inputs"),
-    [(5000, 384, 1024), (2049, 200, 200), (1, 8, 8), (3000, 3072, 1024)],
+    [(5000, 384, 1024), (2049, 200, 200), (1, 8, 8), (3000, 3072, 1024), (6000, 640, 320)],
 )
 def test_gated_linear(num_tokens: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
-    """Tiles that divide the weight and ones that do not; more tiles than programs."""
+    """Tiles that divide the weight and ones that do not; more tiles than programs.
+
+    5 tiles of inputs are no whole turn of the 4 stages.
+    """
     from nanovllm.kernels.gated_linear import gated_linear
 
     x, weight = randn(num_tokens, inputs, dtype=dtype), randn(2 * outputs, inputs, dtype=dtype)
@@ -843,6 +846,38 @@ def test_small_linear_rounds_where_its_twins_do() -> None:
     residual = torch.ones(3, 32, dtype=torch.float16, device=DEVICE)
     assert torch.equal(small_linear(x, weight, residual=residual), F.linear(x, weight) + residual)
     assert torch.equal(small_linear(x, both, gated=True), silu_and_mul(F.linear(x, both)))
+
+
+@runs_on_hopper
+def test_kernels_for_hopper_wait_for_what_the_kernel_before_writes() -> None:
+    """Launched while it still runs. Inputs take turns, so that what is left of one shows."""
+    from nanovllm.kernels import fused
+    from nanovllm.kernels.gated_linear import gated_linear
+    from nanovllm.kernels.hopper_attention import hopper_prefill
+
+    lengths = [1024] * 8
+    tiles, dtype = query_tiles_of(lengths, lengths), torch.bfloat16
+    inputs = [randn(8192, 4096, dtype=dtype) for _ in range(2)]
+    norm, weight = randn(1024, dtype=dtype), randn(512, 1024, dtype=dtype)
+    cos_sin = RotaryEmbedding(128, 9000, 1e6).cos_sin.to(DEVICE)
+    positions = torch.arange(8192, device=DEVICE)
+    slots = torch.full((8192,), -1, dtype=torch.int32, device=DEVICE)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = fused.qk_norm_rope_store(
+            x, norm[:128], norm[:128], EPS, cos_sin, positions, None, None, slots, 16, 8
+        )
+        out = hopper_prefill(q, k, v, tiles, 128**-0.5)
+        x = x.view(-1, 1024)
+        return out, gated_linear(fused.rms_norm(x, norm, EPS), weight)
+
+    expected = []
+    for x in inputs:
+        torch.cuda.synchronize()
+        expected.append(run(x))
+    for turn in range(50):
+        for out, reference in zip(run(inputs[turn % 2]), expected[turn % 2], strict=True):
+            assert torch.equal(out, reference)
 
 
 @runs_on_hopper
@@ -985,6 +1020,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
             if longest == 300:
                 attention.paged_prefill(q, kv, kv, lens, lens, longest, 1.0)
         if capability == 90:
+            q, kv, cache = empty(300, 16, 128), empty(300, 8, 128), empty(9, 256, 8, 128)
             tiles = empty(4, 6, dtype=torch.int32)
             hopper_attention.hopper_prefill(q, kv, kv, tiles, 1.0)
             hopper_attention.hopper_prefill(q, cache, cache, tiles, 1.0, tables)
@@ -1066,6 +1102,11 @@ def test_every_launch_fits_the_gpu(
         assert compiled.metadata.shared <= SHARED_BYTES[capability], (kernel, capability)
         ptx = compiled.asm["ptx"]
         assert ("griddepcontrol.wait" in ptx) == (capability >= 90), kernel
+        if capability >= 90:
+            order = [ptx.index(f"griddepcontrol.{what}") for what in ("wait", "launch_dependents")]
+            assert order == sorted(order), kernel
+        if kernel.is_gluon():  # after the barriers are made, and after what TMA or wgmma reads next
+            assert ptx.count("fence.proxy.async") == 2, kernel
         if capability >= 90 and any(hasattr(v, "block_shape") for v in values.values()):
             assert "cp.async.bulk.tensor" in ptx
         # Tiles come whole, or in vectors while others are computed with; never element by element.

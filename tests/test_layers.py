@@ -491,7 +491,6 @@ def test_rotary_angles_are_float32_whatever_the_default_dtype() -> None:
 
 INTERPRETED_STORE = """
 import json
-import math
 import torch
 from nanovllm.kernels.store_kvcache import store_kvcache
 from nanovllm.layers.attention import store_kvcache as twin

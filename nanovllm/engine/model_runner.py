@@ -21,7 +21,7 @@ from nanovllm.layers.logprobs import token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
-from nanovllm.utils.context import Context, query_tiles
+from nanovllm.utils.context import Context, cut_queries
 from nanovllm.utils.decode_graphs import DecodeGraphs, DecodeRow, StepInputs, StepTensors
 from nanovllm.utils.device import construction, resolve_device, resolve_dtype
 from nanovllm.utils.loader import fill_random, load_weights
@@ -259,7 +259,8 @@ class ModelRunner:
             limit = min(limit, 64)
         inputs = StepInputs(limit, self.blocks_per_seq, self.device)
         layers = self.model.model.layers
-        self.model.model.layers = layers[:2]  # all launch the same, but for the last one
+        # All launch the same, but for the last one; an only layer stands for both.
+        self.model.model.layers = torch.nn.ModuleList([layers[0], layers[-1]])
         with compiling_ahead(self.device):
             for lengths in kernels.dry_prefills(
                 config.max_num_batched_tokens, limit, config.max_model_len
@@ -440,8 +441,8 @@ class ModelRunner:
         self, query_lens: list[int], key_lens: list[int], slots: np.ndarray
     ) -> Context:
         tiles = None
-        if self.device.type == "cuda":
-            tiles = self._to_device(query_tiles(query_lens, key_lens), torch.int32)
+        if self.backend == "triton":
+            tiles = self._to_device(cut_queries(query_lens, key_lens), torch.int32)
         return Context(
             is_prefill=True,
             slot_mapping=self._to_device(slots, torch.int32),

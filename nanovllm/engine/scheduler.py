@@ -24,7 +24,10 @@ class ScheduledSequence(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """One step: either prefill (new tokens of waiting sequences) or decode (one token each)."""
+    """One step: either prefill (new tokens of waiting sequences) or decode (one token each).
+
+    Items are in the order of arrival, in a decode the longest first.
+    """
 
     is_prefill: bool
     items: list[ScheduledSequence]
@@ -165,7 +168,7 @@ class Scheduler:
                 if they are asked for nowhere.
 
         Returns:
-            The sequences that this step finished, in order.
+            The sequences that this step finished, in the order of the batch.
         """
         finished = []
         sampling = [item for item in batch.items if item.samples]

@@ -1,4 +1,6 @@
-"""Triton kernels. Each names its PyTorch twin, or twins, in nanovllm/layers.
+"""Kernels in Triton, and two for Hopper in Gluon, its lower level.
+
+Each names its PyTorch twin, or twins, in nanovllm/layers.
 
 Import nothing from here at the top of another module: triton is missing on many machines. Layers
 ask `usable` once, when a model is built, and import a kernel only then.
@@ -25,6 +27,8 @@ def dry_prefills(
     max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
 ) -> list[list[int]]:
     """Lengths of the prompts of prefill steps that launch, together, what any step launches.
+
+    Totals are rounded up to whole prompts.
 
     Kernels differ for up to 16, 64, 128, 192 and 256 tokens, more, and 2,048 or more (linear
     layers: small_linear_plan, gated_linear.min_tokens); for prompts over 1,024 (attention), and for

@@ -26,7 +26,7 @@ def shared_memory(device: torch.device) -> int:
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """True for sm_90 (H100, H200), where the choices between a kernel and cuBLAS were measured."""
+    """True for sm_90 (H100, H200): what Gluon kernels need, and what choices were measured on."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 

@@ -28,7 +28,7 @@ from nanovllm.kernels.launch import launch
 TILE_TOKENS = 128
 TILE_OUTPUTS = 128
 TILE_INPUTS = 64
-STAGES = 4
+NUM_STAGES = 4
 TOKEN_TILES_A_GROUP = 16
 
 
@@ -118,7 +118,7 @@ def _gated_linear_kernel(
     out_tile = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], out.layout)
     full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 1)
     fence_async_shared()
-    if PDL:
+    if PDL:  # the other warps start only after this
         gdc_wait()
         gdc_launch_dependents()
     tiles_m, tiles_n = gl.cdiv(num_tokens, BLOCK_M), gl.cdiv(N, BLOCK_N)
@@ -163,6 +163,6 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
         _gated_linear_kernel, (min(num_tiles, num_sms(x.device)),), x,
         descriptor(x, TILE_TOKENS, TILE_INPUTS), descriptor(weight, TILE_OUTPUTS, TILE_INPUTS),
         descriptor(out, TILE_TOKENS, TILE_OUTPUTS), num_tokens, N=output_size, K=input_size,
-        GROUP=TOKEN_TILES_A_GROUP, STAGES=STAGES, num_warps=8,
+        GROUP=TOKEN_TILES_A_GROUP, STAGES=NUM_STAGES, num_warps=8,
     )  # fmt: skip
     return out

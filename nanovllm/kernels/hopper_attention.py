@@ -24,16 +24,18 @@ from nanovllm.kernels.hopper import descriptor, new_barriers
 from nanovllm.kernels.launch import launch
 from nanovllm.utils.context import QUERY_TILE
 
+# Measured on an H100.
 MIN_TOKENS = 4096
-HEAD_DIM = 128
-KEYS = 128  # a tile
-STAGES = 2
+MIN_TILES_A_SEQUENCE = 3
+SUPPORTED_HEAD_DIM = 128
+KEY_TILE = 128
+NUM_STAGES = 2
 TILE_FIELDS = gl.constexpr(6)
 
 
 @gluon.jit
 def _tile_of(item, tiles, NUM_HEADS: gl.constexpr):
-    """Row of `tiles` (see utils.context.query_tiles) and head. Heads of one K/V are neighbours."""
+    """Row of `tiles` (see utils.context.cut_queries) and head. Heads of one K/V are neighbours."""
     return tiles + item // NUM_HEADS * TILE_FIELDS, item % NUM_HEADS
 
 
@@ -206,7 +208,7 @@ def _hopper_prefill_kernel(
     values = v_ring, new_barriers(STAGES, 1), new_barriers(STAGES, 2)
     tail = new_barriers(1, 1).index(0)
     fence_async_shared()
-    if PDL:
+    if PDL:  # the other warps start only after this
         gdc_wait()
         gdc_launch_dependents()
     gl.warp_specialize(
@@ -233,9 +235,10 @@ def is_faster(query: Tensor, query_lens: list[int], block_size: int) -> bool:
         block_size: of the cache that keys come from; 0: they come from this step.
     """
     num_tokens, _, head_dim = query.shape
-    fits = head_dim == HEAD_DIM and block_size % KEYS == 0 and query.element_size() == 2
-    is_long = num_tokens >= MIN_TOKENS and num_tokens >= 3 * QUERY_TILE * len(query_lens)
-    return fits and is_long and is_hopper(query.device)
+    fits = head_dim == SUPPORTED_HEAD_DIM and block_size % KEY_TILE == 0
+    fits = fits and query.element_size() == 2 and is_hopper(query.device)
+    mean_len = num_tokens / len(query_lens)
+    return fits and num_tokens >= MIN_TOKENS and mean_len >= MIN_TILES_A_SEQUENCE * QUERY_TILE
 
 
 def hopper_prefill(
@@ -254,7 +257,7 @@ def hopper_prefill(
         query: [num_tokens, num_heads, 128] bf16 or fp16, contiguous.
         key, value: [num_keys, num_kv_heads, 128], rows contiguous; or, with block_tables, the
             caches [num_blocks, block_size, num_kv_heads, 128], block_size a multiple of 128.
-        query_tiles: int32 [num_tiles, 6], from utils.context.query_tiles.
+        query_tiles: int32 [num_tiles, 6], from utils.context.cut_queries.
         block_tables: int32 [num_seqs, max_blocks].
 
     Returns:
@@ -262,21 +265,24 @@ def hopper_prefill(
     """
     num_heads, num_kv_heads = query.size(1), key.size(-2)
     block_size = key.size(1) if block_tables is not None else 0
-    assert query.is_contiguous() and query.size(2) == HEAD_DIM and block_size % KEYS == 0
+    assert query.is_contiguous() and query.size(2) == SUPPORTED_HEAD_DIM
+    assert block_size % KEY_TILE == 0
     assert query_tiles.is_contiguous() and num_heads % num_kv_heads == 0
     if block_tables is not None:
         assert key.is_contiguous() and value.is_contiguous() and block_tables.stride(1) == 1
         key, value = key.flatten(0, 1), value.flatten(0, 1)
-    assert all(x.stride()[1:] == (HEAD_DIM, 1) for x in (key, value))
+    assert all(x.stride()[1:] == (SUPPORTED_HEAD_DIM, 1) for x in (key, value))
     out = torch.empty_like(query)
     num_items = len(query_tiles) * num_heads
     launch(
         _hopper_prefill_kernel, (min(num_items, num_sms(query.device)),), query,
-        descriptor(query.flatten(1), QUERY_TILE // 2, HEAD_DIM),
-        descriptor(key.flatten(1), KEYS, HEAD_DIM), descriptor(value.flatten(1), KEYS, HEAD_DIM),
+        descriptor(query.flatten(1), QUERY_TILE // 2, SUPPORTED_HEAD_DIM),
+        descriptor(key.flatten(1), KEY_TILE, SUPPORTED_HEAD_DIM),
+        descriptor(value.flatten(1), KEY_TILE, SUPPORTED_HEAD_DIM),
         out, query_tiles, block_tables, num_items,
         block_tables.stride(0) if block_tables is not None else 0, scale * LOG2_E,
-        NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, STAGES=STAGES, BLOCK_SIZE=block_size,
+        NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, STAGES=NUM_STAGES,
+        BLOCK_SIZE=block_size,
         num_warps=4,
     )  # fmt: skip
     return out

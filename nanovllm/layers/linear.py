@@ -18,7 +18,8 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(output_size, input_size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
-        self.max_small = -1  # tokens, up to which a kernel is faster than cuBLAS
+        # Tokens, up to which a kernel is faster than cuBLAS. -1: none is, for no tokens either.
+        self.max_small = -1
         if kernels.usable():
             from nanovllm.kernels.small_linear import max_tokens, small_linear_counters
 

@@ -58,7 +58,7 @@ class Qwen3Attention(nn.Module):
         """x, residual [num_tokens, hidden_size] -> residual (overwritten) + attention of x.
 
         Args:
-            rows: int64, those of the result to compute; None: all.
+            rows: int64, those of the result to compute, in a new tensor; None: all.
         """
         heads = self.attn(self.qkv_proj(x), self.norms, cos_sin, positions, context)
         if rows is not None:

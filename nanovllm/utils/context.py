@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-QUERY_TILE = 128  # see query_tiles
+QUERY_TILE = 128  # see cut_queries
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Context:
             sequence attends to keys of earlier steps.
         block_size: token positions in a block.
         logit_rows: int64 [num_sampled], the tokens to compute logits for; None = all.
-        query_tiles: int32 [num_tiles, 6], from query_tiles, for kernels.hopper_attention. Prefill
-            on CUDA only.
+        query_tiles: int32 [num_tiles, 6], from cut_queries, for kernels.hopper_attention. Prefill
+            with the Triton back end only.
         decode_workspace: scratch memory of the Triton decode kernel (kernels.attention).
     """
 
@@ -76,7 +76,7 @@ class Context:
         return all_runs
 
 
-def query_tiles(query_lens: list[int], key_lens: list[int]) -> np.ndarray:
+def cut_queries(query_lens: list[int], key_lens: list[int]) -> np.ndarray:
     """A prefill's queries, cut into tiles of up to QUERY_TILE queries of one sequence.
 
     Tiles with the most keys come first, so that programs which take them in turn end together.
