@@ -259,8 +259,9 @@ class ModelRunner:
             limit = min(limit, 64)
         inputs = StepInputs(limit, self.blocks_per_seq, self.device)
         layers = self.model.model.layers
-        # All launch the same, but for the last one; an only layer stands for both.
-        self.model.model.layers = torch.nn.ModuleList([layers[0], layers[-1]])
+        # All launch the same, but for the last one. (An only layer is the last: what it would launch
+        # for all tokens where many are sampled from is compiled when that first happens.)
+        self.model.model.layers = layers[:2]
         with compiling_ahead(self.device):
             for lengths in kernels.dry_prefills(
                 config.max_num_batched_tokens, limit, config.max_model_len
@@ -441,7 +442,7 @@ class ModelRunner:
         self, query_lens: list[int], key_lens: list[int], slots: np.ndarray
     ) -> Context:
         tiles = None
-        if self.backend == "triton":
+        if self.device.type == "cuda":  # cheap, and mostly wanted
             tiles = self._to_device(cut_queries(query_lens, key_lens), torch.int32)
         return Context(
             is_prefill=True,

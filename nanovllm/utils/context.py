@@ -30,7 +30,7 @@ class Context:
         block_size: token positions in a block.
         logit_rows: int64 [num_sampled], the tokens to compute logits for; None = all.
         query_tiles: int32 [num_tiles, 6], from cut_queries, for kernels.hopper_attention. Prefill
-            with the Triton back end only.
+            on CUDA only.
         decode_workspace: scratch memory of the Triton decode kernel (kernels.attention).
     """
 
