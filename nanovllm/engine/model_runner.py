@@ -259,8 +259,8 @@ class ModelRunner:
             limit = min(limit, 64)
         inputs = StepInputs(limit, self.blocks_per_seq, self.device)
         layers = self.model.model.layers
-        # All launch the same, but for the last one. (An only layer is the last: what it would launch
-        # for all tokens where many are sampled from is compiled when that first happens.)
+        # All launch the same, but for the last one. (An only layer is the last: what it launches
+        # where many tokens are sampled from is compiled when that first happens.)
         self.model.model.layers = layers[:2]
         with compiling_ahead(self.device):
             for lengths in kernels.dry_prefills(
