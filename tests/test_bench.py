@@ -72,14 +72,22 @@ def test_shared_blocks_count_once(tiny_model: Path) -> None:
         assert floor._distinct_tokens(SimpleNamespace(items=items)) == 32 + 8 + 13 + 10
 
 
+def floor_of_two_chunks(model: Path, machine: bench.Machine) -> tuple[bench.Floor, float]:
+    """Of a prompt of 10 tokens, whose second chunk samples; and prefill_s of the first chunk."""
+    with watched(model, max_num_batched_tokens=6) as (llm, _):
+        floor = bench.Floor(llm, machine)
+        llm.add_request(random_prompts([10], ModelSpec().vocab_size)[0])
+        floor.count(llm.scheduler.schedule())
+        first_chunk_s = floor.prefill_s
+        floor.count(llm.scheduler.schedule())
+    return floor, first_chunk_s
+
+
 def test_prefill_floor_is_arithmetic(tiny_model: Path) -> None:
-    """In two chunks, of which only the second samples: one token goes through the whole model."""
+    """Only the token that is sampled from goes through the whole model."""
     spec = ModelSpec()
-    with watched(tiny_model, max_num_batched_tokens=6) as (llm, _):
-        floor = bench.Floor(llm, bench.Machine(read_bytes_per_s=1e30, flops_per_s=1.0))
-        llm.add_request(random_prompts([10], spec.vocab_size)[0])
-        floor.count(llm.scheduler.schedule())
-        floor.count(llm.scheduler.schedule())
+    machine = bench.Machine(read_bytes_per_s=1e30, flops_per_s=1.0)
+    floor, _ = floor_of_two_chunks(tiny_model, machine)
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     kv_proj = spec.hidden_size * 2 * kv_size
     per_layer = kv_proj + spec.hidden_size * (2 * q_size + 3 * spec.intermediate_size)
@@ -93,16 +101,12 @@ def test_prefill_floor_is_arithmetic(tiny_model: Path) -> None:
 def test_prefill_floor_of_few_tokens_is_the_weights_they_need(tiny_model: Path) -> None:
     """A chunk that samples nothing ends with the last layer's keys and values."""
     spec = ModelSpec()
-    with watched(tiny_model, max_num_batched_tokens=6) as (llm, _):
-        floor = bench.Floor(llm, bench.Machine(read_bytes_per_s=1.0, flops_per_s=1e30))
-        llm.add_request(random_prompts([10], spec.vocab_size)[0])
-        floor.count(llm.scheduler.schedule())
-        first_chunk = floor.prefill_s
-        floor.count(llm.scheduler.schedule())
+    machine = bench.Machine(read_bytes_per_s=1.0, flops_per_s=1e30)
+    floor, first_chunk_s = floor_of_two_chunks(tiny_model, machine)
     q_size = spec.num_heads * spec.head_dim
     rest = spec.hidden_size * (2 * q_size + 3 * spec.intermediate_size + spec.vocab_size)
-    assert floor.prefill_s == first_chunk + floor.weight_bytes
-    assert first_chunk == floor.weight_bytes - rest * FLOAT32
+    assert floor.prefill_s == first_chunk_s + floor.weight_bytes
+    assert first_chunk_s == floor.weight_bytes - rest * FLOAT32
 
 
 def test_busy_time_counts_what_overlaps_once() -> None:
