@@ -462,6 +462,22 @@ def test_qk_norm_rope_store(
 
 
 @runs_kernels
+def test_qk_norm_rope_store_without_a_cache() -> None:
+    """None as well as an empty one: the model runs before the pool is allocated."""
+    from nanovllm.kernels import fused
+
+    qkv, cos_sin = randn(3, 8 * 64), RotaryEmbedding(64, 99, 1e6).cos_sin.to(DEVICE)
+    positions, slots = torch.arange(3, device=DEVICE), torch.full((3,), 7, device=DEVICE).int()
+    expected = qk_norm_rope(qkv, None, cos_sin, positions, 4, 2)
+    for cache in (None, torch.empty(0, device=DEVICE)):
+        outputs = fused.qk_norm_rope_store(
+            qkv, None, None, EPS, cos_sin, positions, cache, cache, slots, 4, 2
+        )
+        for output, reference in zip(outputs, expected, strict=True):
+            assert close(output, reference)
+
+
+@runs_kernels
 @dtypes
 def test_sample_equals_its_twin(dtype: torch.dtype) -> None:
     from nanovllm.kernels import sampler
@@ -1033,6 +1049,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         fused.qk_norm_rope_store(
             x, weight, weight, EPS, cos_sin, longs, cache, cache, lens, 16, 8, write_key=True
         )
+        fused.qk_norm_rope_store(x, None, None, EPS, cos_sin, longs, None, None, lens, 16, 8)
         logits, floats = empty(4, 151_936), empty(4, dtype=torch.float32)
         sampler.sample(logits, floats, longs, longs)
         sampler.sample(logits, floats, longs, longs, floats)

@@ -96,7 +96,6 @@ def _qk_norm_rope_store_kernel(
     angles = cos_sin + tl.load(positions + token) * HEAD_DIM + halves
     cos = tl.load(angles, mask=in_half, other=0.0)[None, :]
     sin = tl.load(angles + HEAD_DIM // 2, mask=in_half, other=0.0)[None, :]
-    slot = tl.full([], -1, tl.int64)
     if STORE:
         slot = tl.load(slot_mapping + token).to(tl.int64)
     if PDL:
@@ -122,10 +121,10 @@ def _qk_norm_rope_store_kernel(
             if WRITE_KEY:
                 pointers = k_out + token * (NUM_KV_HEADS * HEAD_DIM) + rows
                 _store_halves(pointers, x, y, mask, HEAD_DIM)
-            if slot >= 0:
+            if STORE and slot >= 0:
                 pointers = k_cache + slot * (NUM_KV_HEADS * HEAD_DIM) + rows
                 _store_halves(pointers, x, y, mask, HEAD_DIM)
-    elif slot >= 0:
+    elif STORE and slot >= 0:
         rows -= (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
         _store_halves(v_cache + slot * (NUM_KV_HEADS * HEAD_DIM) + rows, x, y, mask, HEAD_DIM)
 
