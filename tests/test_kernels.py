@@ -936,6 +936,30 @@ def test_launches_of_other_descriptors_are_told_apart() -> None:
     assert len(set(kinds)) == 4
 
 
+def test_integers_are_told_apart_only_where_triton_does() -> None:
+    from nanovllm.kernels.launch import _kind
+
+    assert _kind(5) == _kind(7)
+    assert _kind(16) == _kind(4096)
+    assert len({_kind(number) for number in (1, 5, 16, 2**31 - 1, 2**31, -(2**31) - 1)}) == 5
+    assert _kind(True) is True
+
+
+@runs_on_hopper
+def test_sizes_share_what_is_compiled() -> None:
+    """Tensor descriptors, too, are made anew for each launch of the same kernel."""
+    from nanovllm.kernels import launch
+    from nanovllm.kernels.gated_linear import gated_linear
+
+    weight = randn(2 * 264, 72, dtype=torch.bfloat16)
+    before = len(launch._compiled)
+    for num_tokens in (16, 5, 300, 3000, 3001, 1600, 5):
+        x = randn(num_tokens, 72, dtype=torch.bfloat16)
+        expected = silu_and_mul(F.linear(x.double(), weight.double()))
+        assert close(gated_linear(x, weight), expected)
+    assert len(launch._compiled) == before + 2  # multiples of 16, and others
+
+
 def test_dry_prefills_reach_what_any_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanovllm.kernels import hopper_attention
     from nanovllm.kernels.small_linear import MAX_TOKENS, small_linear_plan

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm import kernels
 from nanovllm.config import Config, check_pool_size
@@ -21,7 +21,7 @@ from nanovllm.layers.logprobs import token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
-from nanovllm.utils.context import Context, cut_queries
+from nanovllm.utils.context import Context
 from nanovllm.utils.decode_graphs import DecodeGraphs, DecodeRow, StepInputs, StepTensors
 from nanovllm.utils.device import construction, resolve_device, resolve_dtype
 from nanovllm.utils.loader import fill_random, load_weights
@@ -259,9 +259,8 @@ class ModelRunner:
             limit = min(limit, 64)
         inputs = StepInputs(limit, self.blocks_per_seq, self.device)
         layers = self.model.model.layers
-        # All launch the same, but for the last one. (An only layer is the last: what it launches
-        # where many tokens are sampled from is compiled when that first happens.)
-        self.model.model.layers = layers[:2]
+        # All launch the same, but for the last one (see Qwen3Model.forward).
+        self.model.model.layers = nn.ModuleList([layers[0], layers[-1]])
         with compiling_ahead(self.device):
             for lengths in kernels.dry_prefills(
                 config.max_num_batched_tokens, limit, config.max_model_len
@@ -441,9 +440,6 @@ class ModelRunner:
     def _prefill_context(
         self, query_lens: list[int], key_lens: list[int], slots: np.ndarray
     ) -> Context:
-        tiles = None
-        if self.device.type == "cuda":  # cheap, and mostly wanted
-            tiles = self._to_device(cut_queries(query_lens, key_lens), torch.int32)
         return Context(
             is_prefill=True,
             slot_mapping=self._to_device(slots, torch.int32),
@@ -452,7 +448,6 @@ class ModelRunner:
             block_size=self.block_size,
             cu_seqlens_q=self._to_device([0, *accumulate(query_lens)], torch.int32),
             cu_seqlens_k=self._to_device([0, *accumulate(key_lens)], torch.int32),
-            query_tiles=tiles,
         )
 
     def _prepare_decode(self, items: list[ScheduledSequence]) -> tuple[StepTensors, Context]:

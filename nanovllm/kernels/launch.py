@@ -45,9 +45,14 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **options
 
 
 def _kind(argument: Any) -> Any:
-    """What a compiled kernel can depend on: a tensor's type and alignment, a number itself."""
+    """What a compiled kernel can depend on: a tensor's type and alignment, and an integer's.
+
+    Of integers there is no end: one that is a number of tokens must not make a kind of its own.
+    """
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
+    if type(argument) is int:
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     if hasattr(argument, "block_shape"):  # a tensor descriptor, Triton's or Gluon's
         return argument.base.dtype, *argument.block_shape
     return argument

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor
 
 QUERY_TILE = 128  # see cut_queries
@@ -29,8 +30,6 @@ class Context:
             sequence attends to keys of earlier steps.
         block_size: token positions in a block.
         logit_rows: int64 [num_sampled], the tokens to compute logits for; None = all.
-        query_tiles: int32 [num_tiles, 6], from cut_queries, for kernels.hopper_attention. Prefill
-            on CUDA only.
         decode_workspace: scratch memory of the Triton decode kernel (kernels.attention).
     """
 
@@ -44,7 +43,6 @@ class Context:
     context_lens: Tensor | None = None
     block_tables: Tensor | None = None
     logit_rows: Tensor | None = None
-    query_tiles: Tensor | None = None
     decode_workspace: "tuple[Tensor, ...] | None" = None
 
     @cached_property
@@ -54,6 +52,12 @@ class Context:
     @cached_property
     def max_key_len(self) -> int:
         return max(self.key_lens)
+
+    @cached_property
+    def query_tiles(self) -> Tensor:
+        """int32 [num_tiles, 6], from cut_queries: for kernels.hopper_attention, on CUDA."""
+        tiles = torch.from_numpy(cut_queries(self.query_lens, self.key_lens))
+        return tiles.pin_memory().to(self.slot_mapping.device, non_blocking=True)
 
     @cached_property
     def key_runs(self) -> list[list[slice]]:
