@@ -45,9 +45,10 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **options
 
 
 def _kind(argument: Any) -> Any:
-    """What a compiled kernel can depend on: a tensor's type and alignment, and an integer's.
+    """What a compiled kernel can depend on.
 
-    Of integers there is no end: one that is a number of tokens must not make a kind of its own.
+    Of a tensor its type and alignment; of an integer likewise, and whether it is 1, since numbers
+    of tokens must not each make a kind of their own; of anything else, its value.
     """
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0

@@ -131,10 +131,10 @@ class Staging:
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture: every number of sequences has one that is not much larger.
+    """Batch sizes to capture; a step is padded to the next one.
 
-    Measured on an H100: at most sizes in between, matrix products take no less time than at the
-    next of these.
+    Others are left out because they gain nothing: on an H100, with the shapes of Qwen3-0.6B and 8B,
+    matrix products of nearly all sizes in between take as long as those of the next one.
     """
     sizes = [1, 2, 4, 8, 16, 48, *range(64, max_num_seqs, 64)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
