@@ -463,7 +463,7 @@ def test_qk_norm_rope_store(
 
 @runs_kernels
 def test_qk_norm_rope_store_without_a_cache() -> None:
-    """None as well as an empty one: the model runs before the pool is allocated."""
+    """None as well as an empty one, which a layer has until a pool is bound."""
     from nanovllm.kernels import fused
 
     qkv, cos_sin = randn(3, 8 * 64), RotaryEmbedding(64, 99, 1e6).cos_sin.to(DEVICE)
