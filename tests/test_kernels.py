@@ -25,10 +25,10 @@ from torch import Tensor
 from nanovllm import kernels
 from nanovllm.kernels import dry_prefills
 from nanovllm.layers.activation import silu_and_mul
-from nanovllm.layers.embed_head import resolve_and_embed
+from nanovllm.layers.embed_head import LMHead, resolve_and_embed
 from nanovllm.layers.filters import Filters, kept_threshold
 from nanovllm.layers.layernorm import rms_norm
-from nanovllm.layers.linear import Linear
+from nanovllm.layers.linear import GatedLinear, Linear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.sampler import sample
 from nanovllm.utils.context import cut_queries
@@ -742,13 +742,19 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_interpreter, "store", checked_store)
 
 
+SMALL_LAYERS = [
+    (outputs, inputs, num_tokens)
+    for outputs, inputs in [(90, 400), (33, 250), (64, 1408), (4096 if CUDA else 96, 256)]
+    for num_tokens in (1, 16, 21, 64, 100, 256)
+]
+# Rows so long that few tokens have them loaded by descriptors, too.
+SMALL_LAYERS += [(10_000 if CUDA else 20, 8200, num_tokens) for num_tokens in (16, 21, 64)]
+
+
 @runs_kernels
 @dtypes
 @pytest.mark.usefixtures("guarded")
-@pytest.mark.parametrize("num_tokens", [1, 16, 21, 64, 100, 256])
-@pytest.mark.parametrize(
-    ("outputs", "inputs"), [(90, 400), (33, 250), (64, 1408), (4096 if CUDA else 96, 256)]
-)
+@pytest.mark.parametrize(("outputs", "inputs", "num_tokens"), SMALL_LAYERS)
 def test_small_linear(outputs: int, inputs: int, num_tokens: int, dtype: torch.dtype) -> None:
     """Tiles that divide the weight and ones that do not; inputs in one part and in several.
 
@@ -762,7 +768,9 @@ def test_small_linear(outputs: int, inputs: int, num_tokens: int, dtype: torch.d
     exact = F.linear(x.double(), weight.double())
     for _ in range(2):  # a launch leaves the counters ready for the next
         assert close(small_linear(x, weight, bias, counters), exact + bias.double())
-    assert close(small_linear(x, weight), exact)
+    out = torch.full_like(residual, math.nan)
+    assert small_linear(x, weight, out=out) is out
+    assert close(out, exact)
     summed = small_linear(x, weight, bias, counters, residual)
     assert close(summed, exact + bias.double() + residual.double())
     if outputs % 2 == 0:
@@ -780,10 +788,11 @@ def test_small_linear_plans_fit() -> None:
         num_tokens, gated = rng.randint(1, 256), rng.random() < 0.5
         inputs, outputs = (16 * rng.choice([1, 3, 40, 64, 96, 192, 256, 768]) for _ in range(2))
         shared_bytes = rng.choice(list(SHARED_BYTES.values()))
-        plan = small_linear_plan(num_tokens, inputs, outputs, gated, shared_bytes)
+        descriptors = rng.random() < 0.5
+        plan = small_linear_plan(num_tokens, inputs, outputs, gated, shared_bytes, descriptors)
         stage_bytes = 2 * plan.inputs * (plan.tokens + plan.outputs * (2 if gated else 1))
-        assert 1 <= plan.num_stages <= shared_bytes // stage_bytes
-        assert plan.tma == (num_tokens > 64)
+        assert 2 <= plan.num_stages <= shared_bytes // stage_bytes
+        assert descriptors or not plan.tma
         if plan.num_parts > 1:
             assert not gated
             assert plan.tokens >= num_tokens  # one tile of tokens
@@ -791,20 +800,25 @@ def test_small_linear_plans_fit() -> None:
 
 
 def test_small_linear_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanovllm.kernels import small_linear
+    from nanovllm.kernels import gated_linear, small_linear
 
-    def max_tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        return small_linear.max_tokens(torch.empty(*shape, dtype=dtype))
+    def max_tokens(*shape: int, gated: bool = False, dtype: torch.dtype = torch.bfloat16) -> int:
+        return small_linear.max_tokens(torch.empty(*shape, dtype=dtype, device="meta"), gated)
 
     monkeypatch.setattr(small_linear, "is_hopper", lambda _: True)
     layers_of_0_6b = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]
     assert [max_tokens(*shape) for shape in layers_of_0_6b] == [256] * 4
     assert max_tokens(4096, 1024, dtype=torch.float32) == 64
     assert max_tokens(2048, 2048) == max_tokens(12288, 2048) == max_tokens(8192, 1024) == 64
+    assert max_tokens(6144, 1024, gated=True) == 256
+    assert max_tokens(24576, 4096, gated=True) == max_tokens(12288, 2048, gated=True) == 128
+    assert max_tokens(34816, 5120, gated=True) == 64  # too many programs
+    assert max_tokens(151_936, 1024) == 64
     monkeypatch.setattr(kernels, "usable", lambda: True)
+    monkeypatch.setattr(gated_linear, "is_hopper", lambda _: True)
     with construction(torch.device("cpu"), torch.bfloat16):
-        layers = Linear(1024, 512), Linear(2048, 2048)
-    assert [layer.max_small for layer in layers] == [256, 64]
+        layers = Linear(1024, 512), Linear(2048, 2048), GatedLinear(2048, 2048), LMHead(900, 64)
+    assert [layer.max_small for layer in layers] == [256, 64, 128, 256]
     monkeypatch.setattr(small_linear, "is_hopper", lambda _: False)
     assert max_tokens(4096, 1024) == 64
 
@@ -908,7 +922,9 @@ def test_gated_linear_rounds_where_its_twins_do() -> None:
 @dtypes
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_tokens", [5, 64, 100])
-def test_a_layer_adds_to_its_residual_once(num_tokens: int, bias: bool, dtype: torch.dtype) -> None:
+def test_a_layer_fills_out_and_adds_to_its_residual_once(
+    num_tokens: int, bias: bool, dtype: torch.dtype
+) -> None:
     """Whichever way it takes for so many tokens."""
     from nanovllm.kernels.small_linear import small_linear_counters
 
@@ -917,8 +933,12 @@ def test_a_layer_adds_to_its_residual_once(num_tokens: int, bias: bool, dtype: t
     for parameter in layer.parameters():
         parameter.data.normal_()
     x, residual = randn(num_tokens, 96, dtype=dtype), 30 * randn(num_tokens, 40, dtype=dtype)
-    weights = (parameter.double() for parameter in layer.parameters())
-    expected = residual.double() + F.linear(x.double(), *weights)
+    exact = F.linear(x.double(), *(parameter.double() for parameter in layer.parameters()))
+    if not bias:
+        out = torch.full_like(residual, math.nan)
+        assert layer(x, out=out) is out
+        assert close(out, exact)
+    expected = residual.double() + exact
     assert close(layer(x, residual), expected)
 
 
@@ -1081,10 +1101,14 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         x = empty(2, 4096)
         gemv.rms_norm_gate_up(x, x[0], EPS, empty(24576, 4096))
+        monkeypatch.setattr(small_linear, "has_tma", lambda _: capability >= 90)
         monkeypatch.setattr(small_linear, "shared_memory", lambda _: shared_bytes)
         for num_tokens in (16, 64):
             small_linear.small_linear(empty(num_tokens, 4096), empty(4096, 4096))
+            small_linear.small_linear(empty(num_tokens, 4096), empty(6144, 4096))
+            small_linear.small_linear(empty(num_tokens, 1024), empty(151_936, 1024))
             small_linear.small_linear(empty(num_tokens, 3072), empty(1024, 3072))
+        for num_tokens in (16, 64, 128):
             small_linear.small_linear(empty(num_tokens, 4096), empty(24576, 4096), gated=True)
         for num_tokens in (128, 192, 256) if capability >= 90 else ():
             small_linear.small_linear(empty(num_tokens, 1024), empty(4096, 1024))

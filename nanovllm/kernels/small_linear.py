@@ -13,13 +13,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.device import is_hopper, shared_memory
+from nanovllm.kernels.device import has_tma, is_hopper, shared_memory
 from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
 
 MAX_TOKENS = 256
-FEW_TOKENS = 64  # beyond them only small layers gain
-TILE_OUTPUTS = 32  # up to FEW_TOKENS
+FEW_TOKENS = 64  # so many are one tile
+TILE_OUTPUTS = 32  # the least of a tile
 H100_SMS = 132
 
 
@@ -130,46 +130,65 @@ class SmallLinearPlan(NamedTuple):
 
 
 def small_linear_plan(
-    num_tokens: int, input_size: int, output_size: int, gated: bool, shared_bytes: int
+    num_tokens: int,
+    input_size: int,
+    output_size: int,
+    gated: bool,
+    shared_bytes: int,
+    descriptors: bool = True,
 ) -> SmallLinearPlan:
     """A plan for 16-bit elements that fits so much shared memory. Measured on an H100.
 
-    There is at most about a program an SM. Up to FEW_TOKENS, the inputs of a layer with few outputs
-    are divided, so that there are enough; beyond, tiles of outputs grow with the number of tokens.
-    """
+    Up to FEW_TOKENS, the inputs of a layer with few outputs are divided, so that there are enough
+    programs; beyond, tiles of outputs grow with the number of tokens.
 
-    def stages(tokens: int, outputs: int, inputs: int, most: int) -> int:
+    Args:
+        descriptors: tiles can be loaded by descriptors, which pays if the loop over them is long.
+    """
+    few = num_tokens <= FEW_TOKENS
+    tokens = 16 if num_tokens <= 16 else 64
+    num_tiles, num_parts = triton.cdiv(num_tokens, tokens), 1
+    outputs = TILE_OUTPUTS
+    if not few:
+        outputs = triton.next_power_of_2(num_tiles * output_size // H100_SMS)
+        outputs = min(64 if gated else 128, max(TILE_OUTPUTS, outputs))
+    elif not gated:
+        if tokens == 64 and output_size >= 96 * 64:
+            outputs = 64
+        num_parts = triton.next_power_of_2(triton.cdiv(100, triton.cdiv(output_size, TILE_OUTPUTS)))
+        num_parts = max(1, min(4, num_parts, input_size // 512))
+    # Programs that share an SM's memory: as many as let all run at once, unless it takes too many.
+    sharing = triton.cdiv(triton.cdiv(output_size, outputs) * num_tiles * num_parts, H100_SMS)
+    sharing = 2 if sharing > 3 else sharing
+    if few and gated and tokens == 64:
+        sharing = 1
+    memory = min(shared_bytes, max(shared_bytes // sharing, 64 * 1024))
+
+    def stages(inputs: int) -> int:
         stage_bytes = 2 * inputs * (tokens + outputs * (2 if gated else 1))
-        return max(1, min(most, shared_bytes // stage_bytes))
+        return max(1, min(6 if gated or sharing > 1 else 8, memory // stage_bytes))
 
-    if num_tokens > FEW_TOKENS:
-        width = triton.cdiv(num_tokens, 64) * output_size  # outputs of all tiles of tokens
-        outputs = min(128, max(TILE_OUTPUTS, triton.next_power_of_2(width // H100_SMS)))
-        inputs = 128 if stages(64, outputs, 128, 4) == 4 else 64
-        # A descriptor wants rows that begin at multiples of 16 bytes.
-        return SmallLinearPlan(
-            64, outputs, inputs, stages(64, outputs, inputs, 8), tma=input_size % 8 == 0
-        )
-    tokens, outputs = 16 if num_tokens <= 16 else 64, TILE_OUTPUTS
-    if gated:
-        return SmallLinearPlan(tokens, outputs, 128, stages(tokens, outputs, 128, 4))
-    num_parts = triton.next_power_of_2(triton.cdiv(100, triton.cdiv(output_size, outputs)))
-    num_parts = max(1, min(4, num_parts, input_size // 512))
-    inputs = 256 if tokens == 16 and input_size % (256 * num_parts) == 0 else 128
-    num_stages = stages(tokens, outputs, inputs, 8)
-    return SmallLinearPlan(tokens, outputs, inputs, num_stages, num_parts)
+    inputs = 128 if stages(128) >= (3 if few else 4) else 64
+    if tokens == 16 and sharing == 1 and not gated and input_size % (256 * num_parts) == 0:
+        inputs = 256
+    tma = descriptors and (not few or (tokens == 64 and input_size // num_parts >= 2048))
+    return SmallLinearPlan(tokens, outputs, inputs, stages(inputs), num_parts, tma)
 
 
-def max_tokens(weight: Tensor) -> int:
-    """Up to how many tokens this was measured to be faster than cuBLAS: FEW_TOKENS or MAX_TOKENS.
+def max_tokens(weight: Tensor, gated: bool = False) -> int:
+    """Up to how many tokens this was measured to be faster than cuBLAS.
 
-    The latter on an H100 only, for weights as small as those of Qwen3-0.6B: there a launch that
-    overlaps with the ones before and after it is worth more than cuBLAS's better loop.
+    More than FEW_TOKENS on an H100 only, and only where all programs run at once. In layers as
+    small as those of Qwen3-0.6B a launch that overlaps with the ones before and after it is worth
+    more than cuBLAS's better loop; a gated one saves the launch of SiLU * up, too.
     """
-    small = min(weight.shape) <= 1024 and weight.numel() <= 6144 * 1024
-    if small and weight.element_size() == 2 and is_hopper(weight.device):
+    if weight.element_size() != 2 or not is_hopper(weight.device):
+        return FEW_TOKENS
+    if min(weight.shape) <= 1024 and weight.numel() <= 6144 * 1024:
         return MAX_TOKENS
-    return FEW_TOKENS
+    # Of 64 tokens and 64 outputs, three an SM.
+    at_once = gated and triton.cdiv(len(weight) // 2, 64) * 2 <= 3 * H100_SMS
+    return 128 if at_once else FEW_TOKENS
 
 
 def small_linear_counters(output_size: int) -> Tensor:
@@ -187,28 +206,32 @@ def small_linear(
     counters: Tensor | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A linear layer of up to MAX_TOKENS tokens. Twins: F.linear; gated: silu_and_mul of it.
 
     Args:
         x: [num_tokens, input_size], contiguous.
         weight: [output_size, input_size], contiguous, in x's dtype; gated: twice as many rows,
-            gate over up. With more than FEW_TOKENS, below sm_90, loading it is slow.
+            gate over up.
         bias: [output_size]; not with gated.
         counters: from small_linear_counters; None allocates them, which costs a launch.
         residual: [num_tokens, output_size], contiguous, to be added to the rounded output.
 
     Returns:
-        [num_tokens, output_size].
+        [num_tokens, output_size]: `out`, if given, which must be contiguous.
     """
     num_tokens, input_size = x.shape
     output_size = len(weight) // (2 if gated else 1)
     assert num_tokens <= MAX_TOKENS and not (gated and bias is not None)
     assert x.is_contiguous() and weight.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    plan = small_linear_plan(
-        num_tokens, input_size, output_size, gated, shared_memory(x.device) * 2 // x.element_size()
-    )
+    out = x.new_empty(num_tokens, output_size) if out is None else out
+    assert out.is_contiguous() and out.shape == (num_tokens, output_size)
+    # A descriptor wants rows that begin at multiples of 16 bytes.
+    descriptors = has_tma(x.device) and input_size % 8 == 0
+    shared_bytes = shared_memory(x.device) * 2 // x.element_size()
+    plan = small_linear_plan(num_tokens, input_size, output_size, gated, shared_bytes, descriptors)
     num_tiles = triton.cdiv(output_size, plan.outputs) * triton.cdiv(num_tokens, plan.tokens)
     partial = None
     if plan.num_parts == 1:
@@ -223,7 +246,6 @@ def small_linear(
     if plan.tma:
         inputs = TensorDescriptor.from_tensor(x, [plan.tokens, plan.inputs])
         weights = TensorDescriptor.from_tensor(weight, [plan.outputs, plan.inputs])
-    out = x.new_empty(num_tokens, output_size)
     launch(
         _small_linear_kernel, (num_tiles, plan.num_parts), x,
         inputs, weights, bias, residual, out, partial, counters, num_tokens, N=output_size,

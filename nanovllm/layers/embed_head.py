@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.layers.linear import Linear
+
 
 def resolve_and_embed(
     sources: Tensor, sampled: Tensor, context_lens: Tensor, weight: Tensor
@@ -35,13 +37,8 @@ class Embedding(nn.Module):
         return F.embedding(input_ids, self.weight)
 
 
-class LMHead(nn.Module):
+class LMHead(Linear):
     """The output head: the same layout as an embedding, so that a tied one shares its weight."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
-
-    def forward(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[num_tokens, hidden_size] -> logits [num_tokens, vocab_size]: `out`, if given."""
-        return torch.mm(hidden, self.weight.T, out=out)
+        super().__init__(hidden_size, vocab_size)

@@ -26,17 +26,23 @@ class Linear(nn.Module):
             self.max_small = max_tokens(self.weight)
             self.counters = small_linear_counters(output_size)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """[num_tokens, input_size] -> [num_tokens, output_size].
 
         Args:
             residual: [num_tokens, output_size], what the output is added to. It may be overwritten:
                 the result can be `residual` itself.
+            out: where the output goes, contiguous. Not with a bias or a residual.
         """
+        assert out is None or (residual is None and self.bias is None)
         if len(x) <= self.max_small:
             from nanovllm.kernels.small_linear import small_linear
 
-            return small_linear(x, self.weight, self.bias, self.counters, residual)
+            return small_linear(x, self.weight, self.bias, self.counters, residual, out=out)
+        if out is not None:
+            return torch.mm(x, self.weight.T, out=out)
         if residual is None:
             return F.linear(x, self.weight, self.bias)
         if self.bias is None and x.is_cuda:  # within the matrix product, and rounded once
@@ -78,7 +84,9 @@ class GatedLinear(MergedLinear):
         self.min_large: float = math.inf  # tokens from which on a kernel is faster
         if kernels.usable():
             from nanovllm.kernels.gated_linear import min_tokens
+            from nanovllm.kernels.small_linear import max_tokens
 
+            self.max_small = max_tokens(self.weight, gated=True)
             self.min_large = min_tokens(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
