@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate
@@ -20,7 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import ModelConfig, read_json
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.batch_layout import BatchLayout
 from nanovllm.engine.scheduler import ScheduledSequence
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.activation import silu_and_mul
@@ -90,11 +89,9 @@ def test_store_kvcache_writes_each_token_to_its_slot_and_nothing_else(
 BLOCK_SIZE = 16
 
 
-@pytest.fixture(scope="module")
-def runner(tiny_model: Path) -> Iterator[ModelRunner]:
-    with watched(tiny_model, kvcache_block_size=BLOCK_SIZE) as (llm, _):
-        assert llm.model_runner is not None
-        yield llm.model_runner
+@pytest.fixture
+def layout() -> BatchLayout:
+    return BatchLayout(BLOCK_SIZE, vocab_size=2000, device=torch.device("cpu"))
 
 
 def scheduled(length: int, block_table: list[int], start: int | None = None) -> ScheduledSequence:
@@ -106,18 +103,18 @@ def scheduled(length: int, block_table: list[int], start: int | None = None) -> 
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64])
-def test_the_decode_slot_is_that_of_the_last_token(length: int, runner: ModelRunner) -> None:
+def test_the_decode_slot_is_that_of_the_last_token(length: int, layout: BatchLayout) -> None:
     table = [7, 2, 9, 4][: -(-length // BLOCK_SIZE)]
-    inputs, context = runner._prepare_decode([scheduled(length, table)])
+    inputs, context = layout.decode([scheduled(length, table)], None)
     slot = table[(length - 1) // BLOCK_SIZE] * BLOCK_SIZE + (length - 1) % BLOCK_SIZE
     assert context.slot_mapping.tolist() == [slot]
     assert inputs.context_lens.tolist() == [length]
     assert inputs.sources.tolist() == [-1 - (1000 + length - 1)]
 
 
-def test_a_decode_batch_has_one_token_a_sequence(runner: ModelRunner) -> None:
+def test_a_decode_batch_has_one_token_a_sequence(layout: BatchLayout) -> None:
     items = [scheduled(16, [3]), scheduled(33, [5, 0, 8]), scheduled(17, [1, 6])]
-    inputs, context = runner._prepare_decode(items)
+    inputs, context = layout.decode(items, None)
     assert not context.is_prefill
     assert inputs.sources.tolist() == [-1 - 1015, -1 - 1032, -1 - 1016]
     assert context.slot_mapping.tolist() == [3 * 16 + 15, 8 * 16 + 0, 6 * 16 + 0]
@@ -138,9 +135,9 @@ def test_a_decode_is_fed_known_ids_or_those_that_the_step_before_sampled() -> No
     assert positions.tolist() == [2, 0, 255, 0]
 
 
-def test_a_prefill_without_cached_keys_needs_no_block_tables(runner: ModelRunner) -> None:
+def test_a_prefill_without_cached_keys_needs_no_block_tables(layout: BatchLayout) -> None:
     items = [scheduled(18, [4, 1], start=0), scheduled(3, [0], start=0)]
-    input_ids, positions, context = runner._prepare_prefill(items)
+    input_ids, positions, context = layout.prefill(items)
     assert context.is_prefill
     assert context.block_tables is None
     assert input_ids.tolist() == [*range(1000, 1018), 1000, 1001, 1002]
@@ -153,9 +150,9 @@ def test_a_prefill_without_cached_keys_needs_no_block_tables(runner: ModelRunner
     assert context.logit_rows.tolist() == [17, 20]
 
 
-def test_a_prefill_with_cached_keys_counts_them_among_the_keys_alone(runner: ModelRunner) -> None:
+def test_a_prefill_with_cached_keys_counts_them_among_the_keys_alone(layout: BatchLayout) -> None:
     items = [scheduled(35, [4, 1, 7], start=16), scheduled(5, [2], start=0)]
-    input_ids, positions, context = runner._prepare_prefill(items)
+    input_ids, positions, context = layout.prefill(items)
     assert input_ids.tolist() == [*range(1016, 1035), *range(1000, 1005)]
     assert positions.tolist() == [*range(16, 35), *range(5)]
     assert context.slot_mapping.tolist() == [*range(16, 32), 112, 113, 114, *range(32, 37)]
@@ -169,10 +166,10 @@ def test_a_prefill_with_cached_keys_counts_them_among_the_keys_alone(runner: Mod
     assert context.block_tables.tolist() == [[4, 1, 7], [2, -1, -1]]
 
 
-def test_a_chunk_that_ends_within_the_prompt_has_no_row_of_logits(runner: ModelRunner) -> None:
+def test_a_chunk_that_ends_within_the_prompt_has_no_row_of_logits(layout: BatchLayout) -> None:
     chunk = ScheduledSequence(scheduled(40, [4, 1, 7]).seq, 8, 20, samples=False)
     last = scheduled(5, [2], start=0)
-    _, positions, context = runner._prepare_prefill([chunk, last])
+    _, positions, context = layout.prefill([chunk, last])
     assert positions.tolist() == [*range(8, 20), *range(5)]
     assert context.slot_mapping.tolist() == [*range(72, 80), *range(16, 20), *range(32, 37)]
     assert context.key_lens == [20, 5]

@@ -4,15 +4,14 @@ import gc
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
 from nanovllm.config import Config, check_pool_size
+from nanovllm.engine.batch_layout import BatchLayout, SamplingTensors
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
 from nanovllm.layers.attention import BACKENDS, Attention, select_backend
 from nanovllm.layers.embed_head import resolve_and_embed
@@ -20,10 +19,10 @@ from nanovllm.layers.filters import Filters, kept_threshold
 from nanovllm.layers.logprobs import token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.context import Context
-from nanovllm.utils.decode_graphs import DecodeGraphs, DecodeRow, StepInputs, StepTensors
-from nanovllm.utils.device import construction, resolve_device, resolve_dtype
+from nanovllm.utils.decode_graphs import DecodeGraphs, StepInputs, StepTensors
+from nanovllm.utils.device import construction, resolve_device, resolve_dtype, to_device
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
 from nanovllm.utils.outputs import HostOutputs, TokenLogprobs
@@ -89,7 +88,7 @@ class ModelRunner:
             self.block_size,
             config.model_config.head_dim,
         )
-        self._sampled_rows: dict[int, int] = {}  # of the step launched last, by seq_id
+        self.layout = BatchLayout(self.block_size, config.model_config.vocab_size, self.device)
         with self._device_guard():
             budget = CudaBudget(self.device) if self.device.type == "cuda" else None
             self.model = self._load_model()
@@ -134,10 +133,10 @@ class ModelRunner:
             if batch.is_prefill:
                 self._launch_prefill(batch.items, sampling)
             elif self.graphs is not None:
-                self.graphs.launch([self._decode_row(item) for item in batch.items])
+                self.graphs.launch(self.layout.decode_rows(batch.items))
             else:
-                self._launch_decode(batch.items)
-            self._sampled_rows = {item.seq.seq_id: row for row, item in enumerate(sampling)}
+                self._decode_step(*self.layout.decode(batch.items, self.decode_workspace))
+            self.layout.was_launched(sampling)
             return self._read_later(batch, sampling)
 
     def new_seed(self) -> int:
@@ -282,17 +281,12 @@ class ModelRunner:
 
     def _run_empty_prefill(self, lengths: list[int], from_cache: bool) -> None:
         """A prefill of zeros that stores nothing; from_cache: it attends to the first block."""
-        context = self._prefill_context(lengths, lengths, np.full(sum(lengths), -1))
-        if from_cache:
-            width = -(-max(lengths) // self.block_size)
-            context.block_tables = self._to_device([[0] * width] * len(lengths), torch.int32)
-        zeros = self._to_device([0] * sum(lengths), torch.int64)
+        zeros, positions, context = self.layout.empty_prefill(lengths, from_cache)
         rows = zeros[: len(lengths)]
-        context.logit_rows = rows
-        logits = self.model(zeros, zeros, context, out=self.logits[: len(rows)])
+        logits = self.model(zeros, positions, context, out=self.logits[: len(rows)])
         halves = torch.full_like(rows, 0.5, dtype=torch.float32)
         for filters in (None, Filters(torch.ones_like(rows, dtype=torch.int32), halves, halves)):
-            self._sample(logits, halves, rows, rows, filters)
+            self._sample(logits, SamplingTensors(halves, rows, rows, filters))
         token_logprobs(logits, self.sampled, rows, min(MAX_LOGPROBS, logits.size(1)))
 
     # --- CUDA graphs
@@ -327,73 +321,28 @@ class ModelRunner:
             inputs.sources, self.sampled, inputs.context_lens, self.model.model.embed_tokens.weight
         )
         logits = self.model.decode(x, positions, context, out=self.logits[: len(x)])
-        self._sample(logits, inputs.temperatures, inputs.seeds, positions, inputs.filters)
+        self._sample(
+            logits,
+            SamplingTensors(inputs.temperatures, inputs.seeds, positions, inputs.filters),
+        )
 
-    def _sample(
-        self,
-        logits: Tensor,
-        temperatures: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-        filters: Filters | None,
-    ) -> None:
-        """Fill `sampled`; the arguments have a row for each sequence that samples."""
+    def _sample(self, logits: Tensor, how: SamplingTensors) -> None:
+        """Fill `sampled` from the logits [num_sampled, vocab_size]."""
+        temperatures, seeds, positions, filters = how
         thresholds = None
         if filters is not None:
             thresholds = self.kept_threshold(logits, temperatures, *filters)
         out = self.sampled[: len(logits)]
         self.sample(logits, temperatures, seeds, positions, thresholds, out=out)
 
-    def _decode_row(self, item: ScheduledSequence) -> DecodeRow:
-        seq = item.seq
-        if item.start < len(seq.token_ids):
-            source = -1 - seq.token_ids[item.start]
-        else:
-            source = self._sampled_rows[seq.seq_id]
-        return DecodeRow(
-            source,
-            self._slot(item),
-            item.end,
-            seq.block_table,
-            seq.params.temperature,
-            seq.seed,
-            self._top_k(seq.params),
-            seq.params.top_p,
-            seq.params.min_p,
-        )
-
-    def _top_k(self, params: SamplingParams) -> int:
-        """As a number that fits in int32; 0 if it keeps all."""
-        return params.top_k if params.top_k < self.config.model_config.vocab_size else 0
-
     # --- one step
 
     def _launch_prefill(
         self, items: list[ScheduledSequence], sampling: list[ScheduledSequence]
     ) -> None:
-        input_ids, positions, context = self._prepare_prefill(items)
+        input_ids, positions, context = self.layout.prefill(items)
         logits = self.model(input_ids, positions, context, out=self.logits[: len(sampling)])
-        self._sample(
-            logits,
-            self._to_device([item.seq.params.temperature for item in sampling], torch.float32),
-            self._to_device([item.seq.seed for item in sampling], torch.int64),
-            self._to_device([item.end - 1 for item in sampling], torch.int64),
-            self._filters(sampling),
-        )
-
-    def _launch_decode(self, items: list[ScheduledSequence]) -> None:
-        self._decode_step(*self._prepare_decode(items))
-
-    def _filters(self, items: list[ScheduledSequence]) -> Filters | None:
-        """What each item keeps to sample from; None if all keep everything."""
-        params = [item.seq.params for item in items]
-        if not any(p.top_k or p.top_p < 1 or p.min_p for p in params):
-            return None
-        return Filters(
-            self._to_device([self._top_k(p) for p in params], torch.int32),
-            self._to_device([p.top_p for p in params], torch.float32),
-            self._to_device([p.min_p for p in params], torch.float32),
-        )
+        self._sample(logits, self.layout.sampling(sampling))
 
     def _read_later(self, batch: Batch, sampling: list[ScheduledSequence]) -> Launched:
         """Start the copy of what was sampled to the host; two sets of memory take turns."""
@@ -402,7 +351,7 @@ class ModelRunner:
         ids = host.copy_ids(self.sampled[: len(sampling)])
         logprobs = None
         if asked := self._asked_logprobs(sampling):
-            rows = self._to_device(list(asked), torch.int64)
+            rows = to_device(list(asked), torch.int64, self.device)
             found = token_logprobs(self.logits, self.sampled, rows, max(asked.values()))
             logprobs = host.copy_logprobs(asked, *found)
         done = None
@@ -417,79 +366,3 @@ class ModelRunner:
             for row, item in enumerate(sampling)
             if item.seq.params.logprobs is not None
         }
-
-    def _prepare_prefill(self, items: list[ScheduledSequence]) -> tuple[Tensor, Tensor, Context]:
-        """input_ids and positions, int64 [num_tokens], and the layout of a prefill step."""
-        input_ids = [np.array(item.seq.token_ids[item.start : item.end]) for item in items]
-        positions = [np.arange(item.start, item.end) for item in items]
-        query_lens = [item.end - item.start for item in items]
-        key_lens = [item.end for item in items]
-        slots = np.concatenate([self._slots(item) for item in items])
-        context = self._prefill_context(query_lens, key_lens, slots)
-        if query_lens != key_lens:
-            context.block_tables = self._block_tables(items)
-        last_rows = [end - 1 for end in accumulate(query_lens)]
-        rows = [row for row, item in zip(last_rows, items, strict=True) if item.samples]
-        context.logit_rows = self._to_device(rows, torch.int64)
-        return (
-            self._to_device(np.concatenate(input_ids), torch.int64),
-            self._to_device(np.concatenate(positions), torch.int64),
-            context,
-        )
-
-    def _prefill_context(
-        self, query_lens: list[int], key_lens: list[int], slots: np.ndarray
-    ) -> Context:
-        return Context(
-            is_prefill=True,
-            slot_mapping=self._to_device(slots, torch.int32),
-            query_lens=query_lens,
-            key_lens=key_lens,
-            block_size=self.block_size,
-            cu_seqlens_q=self._to_device([0, *accumulate(query_lens)], torch.int32),
-            cu_seqlens_k=self._to_device([0, *accumulate(key_lens)], torch.int32),
-        )
-
-    def _prepare_decode(self, items: list[ScheduledSequence]) -> tuple[StepTensors, Context]:
-        """The inputs of a decode step and their layout."""
-        rows = [self._decode_row(item) for item in items]
-        inputs = StepTensors(
-            sources=self._to_device([row.source for row in rows], torch.int32),
-            slot_mapping=self._to_device([row.slot for row in rows], torch.int32),
-            context_lens=self._to_device([row.context_len for row in rows], torch.int32),
-            block_tables=self._block_tables(items),
-            temperatures=self._to_device([row.temperature for row in rows], torch.float32),
-            seeds=self._to_device([row.seed for row in rows], torch.int64),
-            filters=self._filters(items),
-        )
-        key_lens = [row.context_len for row in rows]
-        return inputs, inputs.context(self.block_size, self.decode_workspace, key_lens)
-
-    def _slot(self, item: ScheduledSequence) -> int:
-        """The slot of a decoded token: it stands at position `start`."""
-        block, offset = divmod(item.start, self.block_size)
-        return item.seq.block_table[block] * self.block_size + offset
-
-    def _slots(self, item: ScheduledSequence) -> np.ndarray:
-        """The slots of positions start .. end - 1."""
-        positions = np.arange(item.start, item.end)
-        blocks = np.array(item.seq.block_table)[positions // self.block_size]
-        return blocks * self.block_size + positions % self.block_size
-
-    def _block_tables(self, items: list[ScheduledSequence]) -> Tensor:
-        """int32 [num_seqs, longest table], padded with -1."""
-        tables = [item.seq.block_table for item in items]
-        width = max(map(len, tables))
-        return self._to_device(
-            [table + [-1] * (width - len(table)) for table in tables], torch.int32
-        )
-
-    def _to_device(self, values: list[Any] | np.ndarray, dtype: torch.dtype) -> Tensor:
-        """A tensor of host numbers on the model's device; from pinned memory no copy waits."""
-        if isinstance(values, np.ndarray):
-            tensor = torch.from_numpy(values).to(dtype)
-        else:
-            tensor = torch.tensor(values, dtype=dtype, device="cpu")
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.utils.device import to_device
+
 QUERY_TILE = 128  # see cut_queries
 
 
@@ -56,8 +58,8 @@ class Context:
     @cached_property
     def query_tiles(self) -> Tensor:
         """int32 [num_tiles, 6], from cut_queries: for kernels.hopper_attention, on CUDA."""
-        tiles = torch.from_numpy(cut_queries(self.query_lens, self.key_lens))
-        return tiles.pin_memory().to(self.slot_mapping.device, non_blocking=True)
+        tiles = cut_queries(self.query_lens, self.key_lens)
+        return to_device(tiles, torch.int32, self.slot_mapping.device)
 
     @cached_property
     def key_runs(self) -> list[list[slice]]:

@@ -1,0 +1,176 @@
+"""BatchLayout: a scheduled batch as tensors, with where K/V goes and what is attended to.
+
+Tokens of all sequences lie in one row; a `Context` says where each sequence's begin.
+"""
+
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.engine.scheduler import ScheduledSequence
+from nanovllm.layers.filters import Filters
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.context import Context
+from nanovllm.utils.decode_graphs import DecodeRow, StepTensors
+from nanovllm.utils.device import to_device
+
+
+class SamplingTensors(NamedTuple):
+    """How each of a step's sequences samples, as `layers.sampler.sample` wants it.
+
+    temperatures: float32; seeds, positions (of the tokens sampled from): int64; all [num_sampled].
+    filters: None if no sequence has any.
+    """
+
+    temperatures: Tensor
+    seeds: Tensor
+    positions: Tensor
+    filters: Filters | None
+
+
+class BatchLayout:
+    """Makes the tensors of a step from its scheduled sequences.
+
+    Args:
+        block_size: token positions in a KV block.
+        vocab_size: of the model.
+        device: where the tensors are wanted.
+    """
+
+    def __init__(self, block_size: int, vocab_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.device = device
+        self._sampled_rows: dict[int, int] = {}  # of the step launched last, by seq_id
+
+    def was_launched(self, sampling: list[ScheduledSequence]) -> None:
+        """What a step samples, in this order, is what the next one may refer to."""
+        self._sampled_rows = {item.seq.seq_id: row for row, item in enumerate(sampling)}
+
+    def prefill(self, items: list[ScheduledSequence]) -> tuple[Tensor, Tensor, Context]:
+        """input_ids and positions, int64 [num_tokens], and the layout of a prefill step."""
+        input_ids = [np.array(item.seq.token_ids[item.start : item.end]) for item in items]
+        positions = [np.arange(item.start, item.end) for item in items]
+        query_lens = [item.end - item.start for item in items]
+        key_lens = [item.end for item in items]
+        slots = np.concatenate([self._slots(item) for item in items])
+        context = self._prefill_context(query_lens, key_lens, slots)
+        if query_lens != key_lens:
+            context.block_tables = self._block_tables(items)
+        last_rows = [end - 1 for end in accumulate(query_lens)]
+        rows = [row for row, item in zip(last_rows, items, strict=True) if item.samples]
+        context.logit_rows = self._tensor(rows, torch.int64)
+        return (
+            self._tensor(np.concatenate(input_ids), torch.int64),
+            self._tensor(np.concatenate(positions), torch.int64),
+            context,
+        )
+
+    def empty_prefill(self, lengths: list[int], from_cache: bool) -> tuple[Tensor, Tensor, Context]:
+        """`prefill` of zeros that stores nothing; from_cache: it attends to the first block."""
+        context = self._prefill_context(lengths, lengths, np.full(sum(lengths), -1))
+        if from_cache:
+            width = -(-max(lengths) // self.block_size)
+            context.block_tables = self._tensor([[0] * width] * len(lengths), torch.int32)
+        zeros = self._tensor([0] * sum(lengths), torch.int64)
+        context.logit_rows = zeros[: len(lengths)]
+        return zeros, zeros, context
+
+    def decode(
+        self, items: list[ScheduledSequence], workspace: tuple[Tensor, ...] | None
+    ) -> tuple[StepTensors, Context]:
+        """The inputs of a decode step and their layout; workspace: Context.decode_workspace."""
+        rows = self.decode_rows(items)
+        inputs = StepTensors(
+            sources=self._tensor([row.source for row in rows], torch.int32),
+            slot_mapping=self._tensor([row.slot for row in rows], torch.int32),
+            context_lens=self._tensor([row.context_len for row in rows], torch.int32),
+            block_tables=self._block_tables(items),
+            temperatures=self._tensor([row.temperature for row in rows], torch.float32),
+            seeds=self._tensor([row.seed for row in rows], torch.int64),
+            filters=self._filters(items),
+        )
+        key_lens = [row.context_len for row in rows]
+        return inputs, inputs.context(self.block_size, workspace, key_lens)
+
+    def decode_rows(self, items: list[ScheduledSequence]) -> list[DecodeRow]:
+        """The same as host numbers, for a CUDA graph's inputs."""
+        return [self._decode_row(item) for item in items]
+
+    def sampling(self, items: list[ScheduledSequence]) -> SamplingTensors:
+        """How the sequences that a prefill samples for do it."""
+        return SamplingTensors(
+            self._tensor([item.seq.params.temperature for item in items], torch.float32),
+            self._tensor([item.seq.seed for item in items], torch.int64),
+            self._tensor([item.end - 1 for item in items], torch.int64),
+            self._filters(items),
+        )
+
+    def _decode_row(self, item: ScheduledSequence) -> DecodeRow:
+        seq = item.seq
+        if item.start < len(seq.token_ids):
+            source = -1 - seq.token_ids[item.start]
+        else:
+            source = self._sampled_rows[seq.seq_id]
+        return DecodeRow(
+            source,
+            self._slot(item),
+            item.end,
+            seq.block_table,
+            seq.params.temperature,
+            seq.seed,
+            self._top_k(seq.params),
+            seq.params.top_p,
+            seq.params.min_p,
+        )
+
+    def _filters(self, items: list[ScheduledSequence]) -> Filters | None:
+        """What each item keeps to sample from; None if all keep everything."""
+        params = [item.seq.params for item in items]
+        if not any(p.top_k or p.top_p < 1 or p.min_p for p in params):
+            return None
+        return Filters(
+            self._tensor([self._top_k(p) for p in params], torch.int32),
+            self._tensor([p.top_p for p in params], torch.float32),
+            self._tensor([p.min_p for p in params], torch.float32),
+        )
+
+    def _top_k(self, params: SamplingParams) -> int:
+        """As a number that fits in int32; 0 if it keeps all."""
+        return params.top_k if params.top_k < self.vocab_size else 0
+
+    def _prefill_context(
+        self, query_lens: list[int], key_lens: list[int], slots: np.ndarray
+    ) -> Context:
+        return Context(
+            is_prefill=True,
+            slot_mapping=self._tensor(slots, torch.int32),
+            query_lens=query_lens,
+            key_lens=key_lens,
+            block_size=self.block_size,
+            cu_seqlens_q=self._tensor([0, *accumulate(query_lens)], torch.int32),
+            cu_seqlens_k=self._tensor([0, *accumulate(key_lens)], torch.int32),
+        )
+
+    def _slot(self, item: ScheduledSequence) -> int:
+        """The slot of a decoded token: it stands at position `start`."""
+        block, offset = divmod(item.start, self.block_size)
+        return item.seq.block_table[block] * self.block_size + offset
+
+    def _slots(self, item: ScheduledSequence) -> np.ndarray:
+        """The slots of positions start .. end - 1."""
+        positions = np.arange(item.start, item.end)
+        blocks = np.array(item.seq.block_table)[positions // self.block_size]
+        return blocks * self.block_size + positions % self.block_size
+
+    def _block_tables(self, items: list[ScheduledSequence]) -> Tensor:
+        """int32 [num_seqs, longest table], padded with -1."""
+        tables = [item.seq.block_table for item in items]
+        width = max(map(len, tables))
+        return self._tensor([table + [-1] * (width - len(table)) for table in tables], torch.int32)
+
+    def _tensor(self, values: list[Any] | np.ndarray, dtype: torch.dtype) -> Tensor:
+        return to_device(values, dtype, self.device)
