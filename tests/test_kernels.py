@@ -779,13 +779,25 @@ def test_small_linear(outputs: int, inputs: int, num_tokens: int, dtype: torch.d
         assert close(small_linear(x, weight, gated=True), expected)
 
 
+@runs_kernels
+@dtypes
+def test_small_linear_of_no_tokens(dtype: torch.dtype) -> None:
+    """What the output head gets from a chunk that samples nothing."""
+    from nanovllm.kernels.small_linear import small_linear
+
+    x, weight = randn(0, 64, dtype=dtype), randn(600, 64, dtype=dtype)
+    out = torch.empty(4, 600, dtype=dtype, device=DEVICE)
+    assert small_linear(x, weight).shape == (0, 600)
+    assert small_linear(x, weight, out=out[:0]).shape == (0, 600)
+
+
 def test_small_linear_plans_fit() -> None:
     """The memory of a program, and the counters of a layer, whatever its sizes."""
     from nanovllm.kernels.small_linear import small_linear_counters, small_linear_plan
 
     rng = random.Random(0)
     for _ in range(2000):
-        num_tokens, gated = rng.randint(1, 256), rng.random() < 0.5
+        num_tokens, gated = rng.randint(0, 256), rng.random() < 0.5
         inputs, outputs = (16 * rng.choice([1, 3, 40, 64, 96, 192, 256, 768]) for _ in range(2))
         shared_bytes = rng.choice(list(SHARED_BYTES.values()))
         descriptors = rng.random() < 0.5

@@ -159,7 +159,7 @@ def small_linear_plan(
         num_parts = max(1, min(4, num_parts, input_size // 512))
     # Programs that share an SM's memory: as many as let all run at once, unless it takes too many.
     sharing = triton.cdiv(triton.cdiv(output_size, outputs) * num_tiles * num_parts, H100_SMS)
-    sharing = 2 if sharing > 3 else sharing
+    sharing = 2 if sharing > 3 else max(1, sharing)
     if few and gated and tokens == 64:
         sharing = 1
     memory = min(shared_bytes, max(shared_bytes // sharing, 64 * 1024))
