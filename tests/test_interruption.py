@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import (
+    batch_layout,
     block_manager,
     detokenizer,
     llm_engine,
@@ -430,8 +431,10 @@ def test_generate_may_follow_a_step_that_broke_off(
 
 FILES = [
     str(module.__file__)
-    for module in (llm_engine, scheduler, block_manager, sequence, model_runner, contextlib)
-]
+    for module in (
+        llm_engine, scheduler, block_manager, sequence, model_runner, contextlib, batch_layout
+    )
+]  # fmt: skip
 BOOKKEEPING = (*FILES[:4], FILES[5])
 LOOK_FOR_SIGNALS = ("RESUME", "CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD")
 

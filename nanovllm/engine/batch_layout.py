@@ -34,6 +34,8 @@ class SamplingTensors(NamedTuple):
 class BatchLayout:
     """Makes the tensors of a step from its scheduled sequences.
 
+    It remembers one thing from step to step: in which row each sequence's sampled id will be.
+
     Args:
         block_size: token positions in a KV block.
         vocab_size: of the model.
@@ -46,8 +48,8 @@ class BatchLayout:
         self.device = device
         self._sampled_rows: dict[int, int] = {}  # of the step launched last, by seq_id
 
-    def was_launched(self, sampling: list[ScheduledSequence]) -> None:
-        """What a step samples, in this order, is what the next one may refer to."""
+    def remember_sampled(self, sampling: list[ScheduledSequence]) -> None:
+        """Row i of what the step being launched samples is item i's: the next may refer to it."""
         self._sampled_rows = {item.seq.seq_id: row for row, item in enumerate(sampling)}
 
     def prefill(self, items: list[ScheduledSequence]) -> tuple[Tensor, Tensor, Context]:
@@ -97,7 +99,7 @@ class BatchLayout:
         return inputs, inputs.context(self.block_size, workspace, key_lens)
 
     def decode_rows(self, items: list[ScheduledSequence]) -> list[DecodeRow]:
-        """The same as host numbers, for a CUDA graph's inputs."""
+        """A decode step's inputs as host numbers, for DecodeGraphs.launch."""
         return [self._decode_row(item) for item in items]
 
     def sampling(self, items: list[ScheduledSequence]) -> SamplingTensors:

@@ -1,4 +1,4 @@
-"""ModelRunner: turns a scheduled batch into tensors, runs the model, gives back token ids."""
+"""ModelRunner: runs the model on a scheduled batch, and gives back token ids."""
 
 import gc
 import logging
@@ -136,7 +136,7 @@ class ModelRunner:
                 self.graphs.launch(self.layout.decode_rows(batch.items))
             else:
                 self._decode_step(*self.layout.decode(batch.items, self.decode_workspace))
-            self.layout.was_launched(sampling)
+            self.layout.remember_sampled(sampling)
             return self._read_later(batch, sampling)
 
     def new_seed(self) -> int:
@@ -281,13 +281,13 @@ class ModelRunner:
 
     def _run_empty_prefill(self, lengths: list[int], from_cache: bool) -> None:
         """A prefill of zeros that stores nothing; from_cache: it attends to the first block."""
-        zeros, positions, context = self.layout.empty_prefill(lengths, from_cache)
-        rows = zeros[: len(lengths)]
-        logits = self.model(zeros, positions, context, out=self.logits[: len(rows)])
-        halves = torch.full_like(rows, 0.5, dtype=torch.float32)
-        for filters in (None, Filters(torch.ones_like(rows, dtype=torch.int32), halves, halves)):
-            self._sample(logits, SamplingTensors(halves, rows, rows, filters))
-        token_logprobs(logits, self.sampled, rows, min(MAX_LOGPROBS, logits.size(1)))
+        input_ids, positions, context = self.layout.empty_prefill(lengths, from_cache)
+        logits = self.model(input_ids, positions, context, out=self.logits[: len(lengths)])
+        zeros = positions[: len(lengths)]
+        halves = torch.full_like(zeros, 0.5, dtype=torch.float32)
+        for filters in (None, Filters(torch.ones_like(zeros, dtype=torch.int32), halves, halves)):
+            self._sample(logits, SamplingTensors(halves, zeros, zeros, filters))
+        token_logprobs(logits, self.sampled, zeros, min(MAX_LOGPROBS, logits.size(1)))
 
     # --- CUDA graphs
 
@@ -326,9 +326,9 @@ class ModelRunner:
             SamplingTensors(inputs.temperatures, inputs.seeds, positions, inputs.filters),
         )
 
-    def _sample(self, logits: Tensor, how: SamplingTensors) -> None:
+    def _sample(self, logits: Tensor, sampling: SamplingTensors) -> None:
         """Fill `sampled` from the logits [num_sampled, vocab_size]."""
-        temperatures, seeds, positions, filters = how
+        temperatures, seeds, positions, filters = sampling
         thresholds = None
         if filters is not None:
             thresholds = self.kept_threshold(logits, temperatures, *filters)

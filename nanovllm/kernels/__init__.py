@@ -32,7 +32,8 @@ def dry_prefills(
 
     Kernels differ for up to 16, 64, 128, 192 and 256 tokens, more, and 2,048 or more (linear
     layers: small_linear_plan, gated_linear.min_tokens); for prompts over 1,024 (attention), and for
-    4,096 or more tokens of long prompts (hopper_attention.is_faster).
+    4,096 or more tokens of long prompts (hopper_attention.is_faster). The output head's differ with
+    the number of sequences: decode steps of 1 to 64 launch all of them.
     """
     steps = [[2], [17], [65], [129], [193], [257]]
     for num_tokens in (2048, 4096):

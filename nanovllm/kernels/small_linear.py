@@ -18,8 +18,8 @@ from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
 
 MAX_TOKENS = 256
-FEW_TOKENS = 64  # so many are one tile
-TILE_OUTPUTS = 32  # the least of a tile
+FEW_TOKENS = 64  # up to so many are one tile
+TILE_OUTPUTS = 32  # of the smallest tile
 H100_SMS = 132
 
 
@@ -135,60 +135,73 @@ def small_linear_plan(
     output_size: int,
     gated: bool,
     shared_bytes: int,
-    descriptors: bool = True,
+    descriptors: bool,
 ) -> SmallLinearPlan:
     """A plan for 16-bit elements that fits so much shared memory. Measured on an H100.
 
-    Up to FEW_TOKENS, the inputs of a layer with few outputs are divided, so that there are enough
-    programs; beyond, tiles of outputs grow with the number of tokens.
+    More stages keep more of a weight on its way; fewer let several programs share an SM, so that
+    all programs run at once and none waits for another's end.
 
     Args:
-        descriptors: tiles can be loaded by descriptors, which pays if the loop over them is long.
+        descriptors: tiles can be loaded by descriptors.
     """
     few = num_tokens <= FEW_TOKENS
     tokens = 16 if num_tokens <= 16 else 64
-    num_tiles, num_parts = triton.cdiv(num_tokens, tokens), 1
-    outputs = TILE_OUTPUTS
+    num_tiles = triton.cdiv(num_tokens, tokens)
+    # Outputs of a tile, and parts of the inputs: about a program an SM, if the layer gives so many.
+    outputs, num_parts = TILE_OUTPUTS, 1
     if not few:
         outputs = triton.next_power_of_2(num_tiles * output_size // H100_SMS)
         outputs = min(64 if gated else 128, max(TILE_OUTPUTS, outputs))
+    elif not gated and tokens == 64 and descriptors and output_size >= 96 * 64:
+        outputs = 64
     elif not gated:
-        if tokens == 64 and output_size >= 96 * 64:
-            outputs = 64
-        num_parts = triton.next_power_of_2(triton.cdiv(100, triton.cdiv(output_size, TILE_OUTPUTS)))
+        num_parts = triton.next_power_of_2(triton.cdiv(100, triton.cdiv(output_size, outputs)))
         num_parts = max(1, min(4, num_parts, input_size // 512))
-    # Programs that share an SM's memory: as many as let all run at once, unless it takes too many.
-    sharing = triton.cdiv(triton.cdiv(output_size, outputs) * num_tiles * num_parts, H100_SMS)
-    sharing = 2 if sharing > 3 else max(1, sharing)
+    # Programs that share an SM's memory: all, if that is up to three; of more, two at a time.
+    num_programs = triton.cdiv(output_size, outputs) * num_tiles * num_parts
+    sharing = max(1, triton.cdiv(num_programs, H100_SMS))
     if few and gated and tokens == 64:
-        sharing = 1
-    memory = min(shared_bytes, max(shared_bytes // sharing, 64 * 1024))
+        sharing = 1  # faster: this loop gains more from stages
+    elif sharing > 3:
+        sharing = 2
+    memory = min(shared_bytes, max(shared_bytes // sharing, 64 * 1024))  # two stages at least
+    most = 6 if gated or sharing > 1 else 8
+    rows = tokens + outputs * (2 if gated else 1)
 
     def stages(inputs: int) -> int:
-        stage_bytes = 2 * inputs * (tokens + outputs * (2 if gated else 1))
-        return max(1, min(6 if gated or sharing > 1 else 8, memory // stage_bytes))
+        return max(1, min(most, memory // (2 * inputs * rows)))
 
-    inputs = 128 if stages(128) >= (3 if few else 4) else 64
     if tokens == 16 and sharing == 1 and not gated and input_size % (256 * num_parts) == 0:
         inputs = 256
-    tma = descriptors and (not few or (tokens == 64 and input_size // num_parts >= 2048))
+    elif stages(128) >= (3 if few else 4):
+        inputs = 128
+    else:
+        inputs = 64
+    is_long = tokens == 64 and input_size // num_parts >= 2048
+    tma = descriptors and (is_long or not few)
     return SmallLinearPlan(tokens, outputs, inputs, stages(inputs), num_parts, tma)
 
 
-def max_tokens(weight: Tensor, gated: bool = False) -> int:
-    """Up to how many tokens this was measured to be faster than cuBLAS.
+def was_measured(weight: Tensor) -> bool:
+    """True for what plans were measured with, and compared with cuBLAS: 16-bit, on an H100."""
+    return weight.element_size() == 2 and is_hopper(weight.device)
 
-    More than FEW_TOKENS on an H100 only, and only where all programs run at once. In layers as
-    small as those of Qwen3-0.6B a launch that overlaps with the ones before and after it is worth
-    more than cuBLAS's better loop; a gated one saves the launch of SiLU * up, too.
+
+def max_tokens(weight: Tensor, gated: bool = False) -> int:
+    """Up to how many tokens this is faster than cuBLAS, where it was measured.
+
+    MAX_TOKENS in layers as small as those of Qwen3-0.6B: there a launch that overlaps with the ones
+    before and after it is worth more than cuBLAS's better loop. Twice FEW_TOKENS in gated ones
+    whose programs all run at once, since SiLU * up needs no launch of its own.
     """
-    if weight.element_size() != 2 or not is_hopper(weight.device):
+    if not was_measured(weight):
         return FEW_TOKENS
     if min(weight.shape) <= 1024 and weight.numel() <= 6144 * 1024:
         return MAX_TOKENS
-    # Of 64 tokens and 64 outputs, three an SM.
-    at_once = gated and triton.cdiv(len(weight) // 2, 64) * 2 <= 3 * H100_SMS
-    return 128 if at_once else FEW_TOKENS
+    num_programs = 2 * triton.cdiv(len(weight) // 2, 64)  # of 64 tokens and 64 outputs
+    at_once = gated and num_programs <= 3 * H100_SMS  # three fit an SM
+    return 2 * FEW_TOKENS if at_once else FEW_TOKENS
 
 
 def small_linear_counters(output_size: int) -> Tensor:
@@ -228,8 +241,9 @@ def small_linear(
     assert residual is None or residual.is_contiguous()
     out = x.new_empty(num_tokens, output_size) if out is None else out
     assert out.is_contiguous() and out.shape == (num_tokens, output_size)
-    # A descriptor wants rows that begin at multiples of 16 bytes.
-    descriptors = has_tma(x.device) and input_size % 8 == 0
+    # A descriptor wants rows that begin at multiples of 16 bytes. (Large tiles of float32, which no
+    # tensor core multiplies, would not fit the registers.)
+    descriptors = has_tma(x.device) and x.element_size() == 2 and input_size % 8 == 0
     shared_bytes = shared_memory(x.device) * 2 // x.element_size()
     plan = small_linear_plan(num_tokens, input_size, output_size, gated, shared_bytes, descriptors)
     num_tiles = triton.cdiv(output_size, plan.outputs) * triton.cdiv(num_tokens, plan.tokens)
