@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm import kernels
 from nanovllm.layers.linear import Linear
 
 
@@ -43,8 +42,9 @@ class LMHead(Linear):
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__(hidden_size, vocab_size)
-        if kernels.usable():
-            from nanovllm.kernels.small_linear import FEW_TOKENS, was_measured
 
-            # More rows than those would ask for more dry steps: see kernels.dry_prefills.
-            self.max_small = FEW_TOKENS if was_measured(self.weight) else -1
+    def _measured_max_small(self) -> int:
+        from nanovllm.kernels.small_linear import FEW_TOKENS, was_measured
+
+        # More rows than those would ask for more dry steps: see kernels.dry_prefills.
+        return FEW_TOKENS if was_measured(self.weight) else -1

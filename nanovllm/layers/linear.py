@@ -21,10 +21,16 @@ class Linear(nn.Module):
         # Tokens, up to which a kernel is faster than cuBLAS. -1: none is, for no tokens either.
         self.max_small = -1
         if kernels.usable():
-            from nanovllm.kernels.small_linear import max_tokens, small_linear_counters
+            from nanovllm.kernels.small_linear import small_linear_counters
 
-            self.max_small = max_tokens(self.weight)
+            self.max_small = self._measured_max_small()
             self.counters = small_linear_counters(output_size)
+
+    def _measured_max_small(self) -> int:
+        """`max_small` where there are kernels."""
+        from nanovllm.kernels.small_linear import max_tokens
+
+        return max_tokens(self.weight)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
@@ -84,10 +90,13 @@ class GatedLinear(MergedLinear):
         self.min_large: float = math.inf  # tokens from which on a kernel is faster
         if kernels.usable():
             from nanovllm.kernels.gated_linear import min_tokens
-            from nanovllm.kernels.small_linear import max_tokens
 
-            self.max_small = max_tokens(self.weight, gated=True)
             self.min_large = min_tokens(self.weight)
+
+    def _measured_max_small(self) -> int:
+        from nanovllm.kernels.small_linear import max_tokens
+
+        return max_tokens(self.weight, gated=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, input_size] -> [num_tokens, output_size]."""
