@@ -10,6 +10,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
@@ -1157,10 +1158,7 @@ def test_every_launch_fits_the_gpu(
         options = {key: value for key, value in kwargs.items() if key not in kernel.arg_names}
         launches.append((kernel, values, options))
 
-    monkeypatch.setattr(JITFunction, "run", record)
-    launch(name, capability, monkeypatch)
-    assert launches
-    for kernel, values, options in launches:
+    def compiled(kernel: JITFunction, values: dict[str, Any], options: dict[str, Any]) -> Any:
         options["launch_pdl"] = values["PDL"] = capability >= 90
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(kernel.params):
@@ -1181,9 +1179,16 @@ def test_every_launch_fits_the_gpu(
             signature[parameter.name] = kind
         source_class = GluonASTSource if kernel.is_gluon() else ASTSource
         source = source_class(kernel, signature, constants, attributes)
-        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert compiled.metadata.shared <= SHARED_BYTES[capability], (kernel, capability)
-        ptx = compiled.asm["ptx"]
+        return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    launch(name, capability, monkeypatch)
+    assert launches
+    with ThreadPoolExecutor() as pool:
+        binaries = list(pool.map(compiled, *zip(*launches, strict=True)))
+    for (kernel, values, _), binary in zip(launches, binaries, strict=True):
+        assert binary.metadata.shared <= SHARED_BYTES[capability], (kernel, capability)
+        ptx = binary.asm["ptx"]
         assert ("griddepcontrol.wait" in ptx) == (capability >= 90), kernel
         if capability >= 90:
             order = [ptx.index(f"griddepcontrol.{what}") for what in ("wait", "launch_dependents")]
@@ -1194,7 +1199,7 @@ def test_every_launch_fits_the_gpu(
             assert "cp.async.bulk.tensor" in ptx
         # Tiles come whole, or in vectors while others are computed with; never element by element.
         if name in ("decode", "prefill") or kernel.__name__ == "_small_linear_kernel":
-            assert "ld.global.b16" not in compiled.asm["ptx"], (kernel, capability)
+            assert "ld.global.b16" not in ptx, (kernel, capability)
 
 
 TRITON_TYPES = {
