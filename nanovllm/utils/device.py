@@ -54,10 +54,7 @@ def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 def to_device(values: list[Any] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of host numbers on a device. To CUDA from pinned memory, so that no copy waits."""
-    if isinstance(values, np.ndarray):
-        tensor = torch.from_numpy(values).to(dtype)
-    else:
-        tensor = torch.tensor(values, dtype=dtype, device="cpu")
+    tensor = torch.as_tensor(values, dtype=dtype, device="cpu")
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
