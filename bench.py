@@ -17,8 +17,8 @@ from time import perf_counter
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.config import ModelConfig
 from nanovllm.engine.scheduler import Batch
+from nanovllm.model_config import ModelConfig
 from nanovllm.utils.timer import Timer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -153,6 +153,11 @@ class Floor:
         self.weights_s = self.kv_s = self.prefill_s = self.linear_s = 0.0
         self.num_decode_steps = self.num_prefill_steps = 0
 
+    def observe(self, event: str, batch: Batch | None) -> None:
+        """For LLM.observers."""
+        if event == "scheduled":
+            self.count(batch)
+
     def count(self, batch: Batch | None) -> None:
         """Add a step, right after it was scheduled."""
         if batch is None:
@@ -214,6 +219,15 @@ class Floor:
         )
 
 
+# What has just been done when an engine's observers are told of an event.
+PHASES = {
+    "scheduled": "schedule",
+    "launched": "launch",
+    "read": "wait for the ids",
+    "processed": "postprocess",
+}
+
+
 def watch(llm: LLM) -> tuple[Timer, Timer]:
     """Time the engine's phases (wall clock) and the model's parts (device) from now on.
 
@@ -221,15 +235,22 @@ def watch(llm: LLM) -> tuple[Timer, Timer]:
     """
     assert llm.model_runner is not None
     phases, parts = Timer(), Timer(llm.model_runner.device)
-    llm.scheduler.schedule = phases.wrap("schedule", llm.scheduler.schedule)
-    llm.model_runner.launch = phases.wrap("launch", llm.model_runner.launch)
-    llm.scheduler.postprocess = phases.wrap("postprocess", llm.scheduler.postprocess)
+    last = perf_counter()
+
+    def observe(event: str, _: Batch | None) -> None:
+        nonlocal last
+        now = perf_counter()
+        if event in PHASES:
+            phases.add(PHASES[event], now - last)
+        last = now
+
+    llm.observers.append(observe)
     names = {
         "Attention": "attention and K/V store",
         "Linear": "linear layers",
         "MergedLinear": "linear layers",
         "GatedLinear": "linear layers and activation",
-        "RMSNorm": "norms",
+        "RMSNorm": "norms, counted there too",
         "LMHead": "output head",
         "Embedding": "embedding",
         "Qwen3Model": "all layers",
@@ -299,18 +320,11 @@ def run_once(llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.R
         for _ in range(args.num_seqs)
     ]
     floor = Floor(llm, machine)
-    schedule = llm.scheduler.schedule
-
-    def counted(in_flight: bool = False) -> Batch | None:
-        batch = schedule(in_flight)
-        floor.count(batch)
-        return batch
-
-    llm.scheduler.schedule = counted
+    llm.observers.append(floor.observe)
     started = perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     elapsed_s = perf_counter() - started
-    llm.scheduler.schedule = schedule
+    llm.observers.remove(floor.observe)
 
     total = sum(len(output["token_ids"]) for output in outputs)
     assert total == sum(p.max_tokens for p in params), "some output has not its full length"

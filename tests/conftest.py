@@ -340,18 +340,15 @@ class Spy:
         self.seqs: dict[int, Sequence] = {}
         self.batches: list[Batch] = []
         self._to_run: list[Batch] = []
-        self._schedule = llm.scheduler.schedule
-        llm.scheduler.schedule = self._watch_schedule  # type: ignore[method-assign]
+        llm.observers.append(self._watch_step)
         assert llm.model_runner is not None
         llm.model_runner.model.lm_head.register_forward_hook(self._watch_logits)
 
-    def _watch_schedule(self, *args: Any, **kwargs: Any) -> Batch | None:
-        batch = self._schedule(*args, **kwargs)
-        if batch is not None:
+    def _watch_step(self, event: str, batch: Batch | None) -> None:
+        if event == "scheduled" and batch is not None:
             self.batches.append(batch)
             self._to_run.append(batch)
             self.seqs.update((item.seq.seq_id, item.seq) for item in batch.items)
-        return batch
 
     def _watch_logits(self, _module: nn.Module, _inputs: Any, logits: Tensor) -> None:
         items = [item for item in self._to_run.pop(0).items if item.samples]

@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 
-from nanovllm import LLM, SamplingParams, kernels
-from nanovllm.config import Config, ModelConfig
+from nanovllm import LLM, SamplingParams
+from nanovllm.config import Config
 from nanovllm.layers import attention
 from nanovllm.layers.attention import select_backend
+from nanovllm.model_config import ModelConfig
 from nanovllm.utils import memory
 from nanovllm.utils.device import resolve_device, resolve_dtype
 
@@ -535,7 +536,7 @@ def test_on_a_gpu_the_dtype_is_the_checkpoints_but_for_bfloat16_where_there_is_n
 def test_a_back_end_that_a_gpu_cannot_run_is_refused_with_the_reason(
     backend: str, dtype: torch.dtype, head_dim: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "usable", lambda device: False)
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=mentions(repr(backend), reason)):
         select_backend(backend, torch.device("cuda", 1), dtype, 256, head_dim)
 
@@ -557,7 +558,6 @@ def test_auto_takes_the_fastest_back_end_that_a_gpu_can_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(kernels, "usable", lambda device: "triton" in installed)
     monkeypatch.setattr(attention, "find_spec", lambda name: name in installed or None)
     device = torch.device("cuda", 0)
     assert select_backend("auto", device, torch.float16, 256, head_dim=64) == expected

@@ -38,7 +38,8 @@ from nanovllm.engine import (
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.model_runner import Launched, ModelRunner
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.outputs import Launched
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 

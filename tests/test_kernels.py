@@ -11,7 +11,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
 
@@ -24,12 +24,21 @@ from scipy import stats
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.kernels import dry_prefills
+from nanovllm.engine.batch_layout import dry_prefills
 from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.attention import triton_prefill_sizes
 from nanovllm.layers.embed_head import LMHead, resolve_and_embed
 from nanovllm.layers.filters import Filters, kept_threshold
-from nanovllm.layers.layernorm import rms_norm
+from nanovllm.layers.layernorm import RMSNorm, rms_norm
 from nanovllm.layers.linear import GatedLinear, Linear
+from nanovllm.layers.products import (
+    ProductTable,
+    few_tokens,
+    gated_prefill,
+    plain,
+    product_table,
+    small_batch,
+)
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.sampler import sample
 from nanovllm.utils.context import cut_queries
@@ -689,12 +698,15 @@ def test_matvec(num_tokens: int, dtype: torch.dtype) -> None:
     down = randn(hidden, inner, dtype=dtype) * inner**-0.5
     normed = rms_norm(x, norm, EPS).double()
     gate_up = F.linear(normed, up.double())
-    out = gemv.rms_norm_linear(x, norm, EPS, up, bias)
+    out = gemv.matvec(x, up, bias, norm, EPS)
     assert close(out, gate_up + bias.double())
-    activated = gemv.rms_norm_gate_up(x, norm, EPS, up)
+    activated = gemv.matvec(x, up, None, norm, EPS, gated=True)
     assert close(activated, silu_and_mul(gate_up.clone()))
     expected = residual.double() + F.linear(activated.double(), down.double())
-    assert close(gemv.linear_add(activated, down, residual), expected)
+    assert close(gemv.matvec(activated, down, residual=residual), expected)
+    out = torch.full_like(residual, math.nan)
+    assert gemv.matvec(activated, down, out=out) is out
+    assert close(out, expected - residual.double())
 
 
 @runs_kernels
@@ -704,7 +716,7 @@ def test_matvec_of_inputs_that_the_widest_tile_would_not_fill(dtype: torch.dtype
 
     x, weight, residual = (randn(*size, dtype=dtype) for size in ((1, 1200), (8, 1200), (1, 8)))
     expected = residual.double() + F.linear(x.double(), weight.double())
-    assert close(gemv.linear_add(x, weight, residual), expected)
+    assert close(gemv.matvec(x, weight, residual=residual), expected)
 
 
 @pytest.fixture
@@ -789,12 +801,14 @@ def test_small_linear(outputs: int, inputs: int, num_tokens: int, dtype: torch.d
 @dtypes
 def test_small_linear_of_no_tokens(dtype: torch.dtype) -> None:
     """What the output head gets from a chunk that samples nothing."""
+    from nanovllm.kernels.gemv import matvec
     from nanovllm.kernels.small_linear import small_linear
 
     x, weight = randn(0, 64, dtype=dtype), randn(600, 64, dtype=dtype)
     out = torch.empty(4, 600, dtype=dtype, device=DEVICE)
-    assert small_linear(x, weight).shape == (0, 600)
-    assert small_linear(x, weight, out=out[:0]).shape == (0, 600)
+    for product in (small_linear, matvec):
+        assert product(x, weight).shape == (0, 600)
+        assert product(x, weight, out=out[:0]).shape == (0, 600)
 
 
 def test_small_linear_plans_fit() -> None:
@@ -817,13 +831,32 @@ def test_small_linear_plans_fit() -> None:
             assert -(-outputs // plan.outputs) <= len(small_linear_counters(outputs))
 
 
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of products as an H100 has them, for weights that lie elsewhere."""
+    from nanovllm.kernels import device
+
+    monkeypatch.setattr(kernels, "usable", lambda *_: True)
+    monkeypatch.setattr(device, "is_hopper", lambda _: True)
+
+
+def products_of(*shape: int, dtype: torch.dtype = torch.bfloat16, **kind: bool) -> ProductTable:
+    return product_table(torch.empty(*shape, dtype=dtype, device="meta"), **kind)
+
+
+def most_tokens(table: ProductTable, function: Callable[..., Tensor]) -> float:
+    """The most tokens that a product is for; 0 if it is for none."""
+    entries = zip(table.borders, table.products, strict=True)
+    return max((n for n, p in entries if getattr(p, "func", p) is function), default=0)
+
+
+@pytest.mark.usefixtures("hopper")
 def test_small_linear_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanovllm.kernels import gated_linear, small_linear
+    from nanovllm.kernels import device
 
-    def max_tokens(*shape: int, gated: bool = False, dtype: torch.dtype = torch.bfloat16) -> int:
-        return small_linear.max_tokens(torch.empty(*shape, dtype=dtype, device="meta"), gated)
+    def max_tokens(*shape: int, gated: bool = False, dtype: torch.dtype = torch.bfloat16) -> float:
+        return most_tokens(products_of(*shape, dtype=dtype, is_gated=gated), small_batch)
 
-    monkeypatch.setattr(small_linear, "is_hopper", lambda _: True)
     layers_of_0_6b = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]
     assert [max_tokens(*shape) for shape in layers_of_0_6b] == [256] * 4
     assert max_tokens(4096, 1024, dtype=torch.float32) == 64
@@ -832,13 +865,41 @@ def test_small_linear_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPa
     assert max_tokens(24576, 4096, gated=True) == max_tokens(12288, 2048, gated=True) == 128
     assert max_tokens(34816, 5120, gated=True) == 64  # too many programs
     assert max_tokens(151_936, 1024) == 64
-    monkeypatch.setattr(kernels, "usable", lambda: True)
-    monkeypatch.setattr(gated_linear, "is_hopper", lambda _: True)
     with construction(torch.device("cpu"), torch.bfloat16):
         layers = Linear(1024, 512), Linear(2048, 2048), GatedLinear(2048, 2048), LMHead(900, 64)
-    assert [layer.max_small for layer in layers] == [256, 64, 128, 64]
-    monkeypatch.setattr(small_linear, "is_hopper", lambda _: False)
+    assert [most_tokens(layer.products, small_batch) for layer in layers] == [256, 64, 128, 64]
+    monkeypatch.setattr(device, "is_hopper", lambda _: False)
     assert max_tokens(4096, 1024) == 64
+    assert most_tokens(products_of(151_936, 1024, is_head=True), small_batch) == 0
+
+
+@pytest.mark.usefixtures("hopper")
+def test_matvec_is_used_where_it_was_measured() -> None:
+    for table in (
+        products_of(4096, 1024),
+        products_of(2048, 6144),
+        products_of(99, 8, is_head=True),
+    ):
+        assert most_tokens(table, few_tokens) == 2
+    for table in (products_of(24576, 4096, is_gated=True), products_of(2560, 9728)):
+        assert most_tokens(table, few_tokens) == 1
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_table_has_an_entry_for_every_form_of_a_kernel() -> None:
+    table = products_of(6144, 1024, is_gated=True)
+    assert table.first_sizes == [1, 2, 3, 17, 65, 129, 193, 257, 2048]
+    names = {0: few_tokens, 2: few_tokens, 3: small_batch, 256: small_batch, 257: plain}
+    for num_tokens, product in (
+        names | {2047: plain, 2048: gated_prefill, 10**6: gated_prefill}
+    ).items():
+        assert getattr(table[num_tokens], "func", table[num_tokens]) is product
+
+
+def test_without_kernels_every_product_is_pytorchs() -> None:
+    table = Linear(64, 64).products
+    assert table.products == [plain]
+    assert table.first_sizes == [1]
 
 
 @runs_on_hopper
@@ -861,17 +922,18 @@ def test_gated_linear(num_tokens: int, outputs: int, inputs: int, dtype: torch.d
         assert close(gated_linear(x, weight), expected)
 
 
+@pytest.mark.usefixtures("hopper")
 def test_gated_linear_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanovllm.kernels import gated_linear
+    from nanovllm.kernels import device
 
     def min_tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> float:
-        return gated_linear.min_tokens(torch.empty(*shape, dtype=dtype))
+        table = products_of(*shape, dtype=dtype, is_gated=True)
+        return table.first_sizes[-1] if table.products[-1] is gated_prefill else math.inf
 
-    monkeypatch.setattr(gated_linear, "is_hopper", lambda _: True)
     assert min_tokens(6144, 1024) == min_tokens(24576, 4096) == 2048
     assert min_tokens(6144, 1024, dtype=torch.float32) == math.inf
     assert min_tokens(6152, 1024) == min_tokens(6144, 1028) == math.inf  # TMA loads no such rows
-    monkeypatch.setattr(gated_linear, "is_hopper", lambda _: False)
+    monkeypatch.setattr(device, "is_hopper", lambda _: False)
     assert min_tokens(6144, 1024) == math.inf
 
 
@@ -939,7 +1001,7 @@ def test_gated_linear_rounds_where_its_twins_do() -> None:
 @runs_kernels
 @dtypes
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("num_tokens", [5, 64, 100])
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 64, 100])
 def test_a_layer_fills_out_and_adds_to_its_residual_once(
     num_tokens: int, bias: bool, dtype: torch.dtype
 ) -> None:
@@ -947,7 +1009,8 @@ def test_a_layer_fills_out_and_adds_to_its_residual_once(
     from nanovllm.kernels.small_linear import small_linear_counters
 
     layer = Linear(96, 40, bias=bias).to(DEVICE, dtype)
-    layer.max_small, layer.counters = 64, small_linear_counters(40).to(DEVICE)
+    small = partial(small_batch, counters=small_linear_counters(40, DEVICE))
+    layer.products = ProductTable({2: few_tokens, 64: small, math.inf: plain})
     for parameter in layer.parameters():
         parameter.data.normal_()
     x, residual = randn(num_tokens, 96, dtype=dtype), 30 * randn(num_tokens, 40, dtype=dtype)
@@ -956,6 +1019,9 @@ def test_a_layer_fills_out_and_adds_to_its_residual_once(
         out = torch.full_like(residual, math.nan)
         assert layer(x, out=out) is out
         assert close(out, exact)
+    norm = RMSNorm(96, EPS).to(DEVICE, dtype)
+    norm.weight.data.uniform_(0.5, 1.5)
+    assert close(layer(rms_norm(x, norm.weight, EPS)), layer(x, norm=norm))
     expected = residual.double() + exact
     assert close(layer(x, residual), expected)
 
@@ -998,6 +1064,7 @@ def test_sizes_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(launch._compiled) == 2  # multiples of 16, and others
 
 
+@pytest.mark.usefixtures("hopper")
 def test_dry_prefills_reach_what_any_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanovllm.kernels import hopper_attention
     from nanovllm.kernels.small_linear import MAX_TOKENS, small_linear_plan
@@ -1010,13 +1077,17 @@ def test_dry_prefills_reach_what_any_step_launches(monkeypatch: pytest.MonkeyPat
         """Which of the linear layers' kernels so many tokens take."""
         if num_tokens > MAX_TOKENS:
             return num_tokens >= 2048
-        return tuple(
+        return min(num_tokens, 3), *(
             small_linear_plan(num_tokens, *size, gated, SHARED_BYTES[90], True)
             for size in sizes
             for gated in (False, True)
         )
 
     monkeypatch.setattr(hopper_attention, "is_hopper", lambda _: True)
+    first_sizes: set[int] = set()
+    for inputs, outputs in sizes:
+        for gated in (False, True):
+            first_sizes.update(products_of(outputs, inputs, is_gated=gated).first_sizes)
 
     def attention(lengths: list[int]) -> str:
         """Which kernel attends."""
@@ -1028,7 +1099,8 @@ def test_dry_prefills_reach_what_any_step_launches(monkeypatch: pytest.MonkeyPat
     for _ in range(2000):
         choices = [2, 20, 100, 300, 400, 1100, 1500, 3000, 9000]
         tokens, seqs, length = (rng.choice(choices) for _ in range(3))
-        steps = dry_prefills(tokens, seqs, length)
+        all_sizes = first_sizes | triton_prefill_sizes(length)
+        steps = dry_prefills(all_sizes, tokens, seqs, length)
         assert all(max(step) <= max(length, 257) and min(step) > 0 for step in steps)
         assert all(len(step) <= seqs for step in steps)
         most = min(tokens, seqs * length)
@@ -1118,7 +1190,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         filters.kept_threshold(logits, floats, lens, floats, floats)
     else:
         x = empty(2, 4096)
-        gemv.rms_norm_gate_up(x, x[0], EPS, empty(24576, 4096))
+        gemv.matvec(x, empty(24576, 4096), None, x[0], EPS, gated=True)
         monkeypatch.setattr(small_linear, "has_tma", lambda _: capability >= 90)
         monkeypatch.setattr(small_linear, "shared_memory", lambda _: shared_bytes)
         for num_tokens in (16, 64):
@@ -1137,7 +1209,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
             small_linear.small_linear(*full)
         if capability == 90:
             gated_linear.gated_linear(empty(3000, 1024), empty(6144, 1024))
-        gemv.linear_add(empty(1, 12288), empty(4096, 12288), x[:1])
+        gemv.matvec(empty(1, 12288), empty(4096, 12288), residual=x[:1])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")

@@ -18,8 +18,8 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.config import ModelConfig, read_json
 from nanovllm.engine.batch_layout import BatchLayout
+from nanovllm.engine.decode_graphs import graph_sizes
 from nanovllm.engine.scheduler import ScheduledSequence
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.activation import silu_and_mul
@@ -36,8 +36,8 @@ from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.linear import GatedLinear, Linear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.model_config import ModelConfig, read_json
 from nanovllm.utils.context import Context
-from nanovllm.utils.decode_graphs import graph_sizes
 
 NAN = float("nan")
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

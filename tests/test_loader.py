@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanovllm import LLM
-from nanovllm.config import ModelConfig, read_json
 from nanovllm.layers.attention import BACKENDS
+from nanovllm.model_config import ModelConfig, read_json
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import fill_random, load_weights, resolve_model_dir
 

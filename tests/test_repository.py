@@ -70,13 +70,22 @@ def test_lint_and_format() -> None:
         assert result.returncode == 0, result.stdout
 
 
-BOOKKEEPING = ("nanovllm/engine", "nanovllm/config.py", "nanovllm/sampling_params.py")
+BOOKKEEPING = tuple(
+    f"nanovllm/{name}" for name in ("engine", "config.py", "model_config.py", "sampling_params.py")
+)
 
 
 @pytest.mark.beside(sys.executable, "-m", "mypy", "--strict", *BOOKKEEPING)
 def test_bookkeeping_passes_strict_type_checks(command: Command) -> None:
     status, output = command.finish()
     assert status == 0, output
+
+
+def test_imports_point_down() -> None:
+    """The contracts of pyproject.toml: a module imports only what stands before it."""
+    check = "from importlinter.cli import lint_imports; exit(lint_imports(no_cache=True))"
+    result = run(sys.executable, "-c", check)
+    assert result.returncode == 0, result.stdout
 
 
 def test_requirements_satisfy_what_the_package_claims() -> None:

@@ -3,6 +3,7 @@
 Tokens of all sequences lie in one row; a `Context` says where each sequence's begin.
 """
 
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -10,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.engine.decode_graphs import DecodeRow, StepTensors
 from nanovllm.engine.scheduler import ScheduledSequence
 from nanovllm.layers.filters import Filters
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.context import Context
-from nanovllm.utils.decode_graphs import DecodeRow, StepTensors
 from nanovllm.utils.device import to_device
 
 
@@ -176,3 +177,18 @@ class BatchLayout:
 
     def _tensor(self, values: list[Any] | np.ndarray, dtype: torch.dtype) -> Tensor:
         return to_device(values, dtype, self.device)
+
+
+def dry_prefills(
+    sizes: Iterable[int], max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
+) -> list[list[int]]:
+    """Lengths of the prompts of prefill steps of so many tokens, for BatchLayout.empty_prefill.
+
+    The prompts are as long as may be; sizes too large for a step are cut to the largest.
+    """
+    steps = []
+    most = min(max_num_batched_tokens, max_num_seqs * max_model_len)
+    for num_tokens in sorted({min(size, most) for size in sizes}):
+        num_whole, rest = divmod(num_tokens, max_model_len)
+        steps.append([max_model_len] * num_whole + [rest] * (rest > 0))
+    return steps

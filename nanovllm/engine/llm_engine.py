@@ -1,6 +1,6 @@
 """LLMEngine: the request queue and the loop schedule -> run -> postprocess -> decode."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListLike
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,16 +21,25 @@ from nanovllm.engine.inputs import (
     as_prompt_list,
     check_params,
 )
-from nanovllm.engine.model_runner import Launched, ModelRunner
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.outputs import Launched
 from nanovllm.engine.results import StreamedSequence, result
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import find_hidden_ids, find_stop_ids, load_tokenizer
 from nanovllm.sampling_params import SamplingParams
 
+# Told of a step with what has just happened to it: see LLMEngine.
+Observer = Callable[[str, Batch | None], object]
+
 
 class LLMEngine:
     """Generates text for many requests at a time. Use it from one thread at a time.
+
+    Functions in the list `observers` are called as the steps go on: with "begin" and None, with
+    "scheduled" and "launched" and the new step, or None if there is nothing to compute, and with
+    "read" and "processed" and the step whose ids have come, which where steps overlap is the one
+    before. They may look at it, and change nothing.
 
     Args:
         model: a local directory with config.json, safetensors and, for text prompts, a tokenizer;
@@ -59,6 +68,7 @@ class LLMEngine:
             BlockManager(self.model_runner.num_blocks, config.kvcache_block_size),
             self.stop_ids,
         )
+        self.observers: list[Observer] = []
         self._requests: dict[int, Sequence] = {}  # under way
         self._finished: list[Sequence] = []  # not reported yet
         self._in_flight: Launched | None = None  # a step whose ids have not been read
@@ -300,24 +310,34 @@ class LLMEngine:
             step = self._launch_ahead(runner) if runner.runs_ahead else self._launch(runner)
             if step is None:
                 return 0
-            finished = self.scheduler.postprocess(step.batch, step.token_ids(), step.logprobs())
+            token_ids, logprobs = step.token_ids(), step.logprobs()
+            self._tell("read", step.batch)
+            finished = self.scheduler.postprocess(step.batch, token_ids, logprobs)
+            self._tell("processed", step.batch)
             self._finished.extend(seq for seq in finished if not seq.is_streamed)
             for seq in finished:
                 del self._requests[seq.seq_id]
             self._drop_idle_step()
         return step.batch.num_tokens if step.batch.is_prefill else -step.batch.num_tokens
 
-    def _launch(self, runner: ModelRunner) -> Launched | None:
+    def _launch(self, runner: ModelRunner, in_flight: bool = False) -> Launched | None:
         """Launch the next step."""
-        batch = self.scheduler.schedule()
-        return runner.launch(batch) if batch else None
+        self._tell("begin", None)
+        batch = self.scheduler.schedule(in_flight)
+        self._tell("scheduled", batch)
+        launched = runner.launch(batch) if batch else None
+        self._tell("launched", batch)
+        return launched
 
     def _launch_ahead(self, runner: ModelRunner) -> Launched | None:
         """Launch the next step while the one before still runs, and give that one."""
         previous = self._in_flight
-        batch = self.scheduler.schedule(in_flight=previous is not None)
-        self._in_flight = runner.launch(batch) if batch else None
+        self._in_flight = self._launch(runner, in_flight=previous is not None)
         return previous
+
+    def _tell(self, event: str, batch: Batch | None) -> None:
+        for observer in self.observers:
+            observer(event, batch)
 
     def _abort(self, seq_ids: set[int]) -> None:
         """Forget requests, whatever state they are in."""

@@ -2,62 +2,39 @@
 
 import gc
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
 from nanovllm.config import Config, check_pool_size
-from nanovllm.engine.batch_layout import BatchLayout, SamplingTensors
+from nanovllm.engine.batch_layout import BatchLayout, SamplingTensors, dry_prefills
+from nanovllm.engine.decode_graphs import DecodeGraphs, StepInputs, StepTensors
+from nanovllm.engine.outputs import HostOutputs, Launched
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
-from nanovllm.layers.attention import BACKENDS, Attention, select_backend
+from nanovllm.kernels import kernel_of
+from nanovllm.layers.attention import (
+    BACKENDS,
+    Attention,
+    select_backend,
+    triton_prefill_sizes,
+)
 from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.filters import Filters, kept_threshold
+from nanovllm.layers.linear import Linear
 from nanovllm.layers.logprobs import token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.context import Context
-from nanovllm.utils.decode_graphs import DecodeGraphs, StepInputs, StepTensors
 from nanovllm.utils.device import construction, resolve_device, resolve_dtype, to_device
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
-from nanovllm.utils.outputs import HostOutputs, TokenLogprobs
 
 logger = logging.getLogger("nanovllm")
-
-
-class Launched(NamedTuple):
-    """A step on its way: its tensors are on the host once `done` has come.
-
-    ids: int64 [num_sampled]. token_logprobs: None if no item asks for any.
-    """
-
-    batch: Batch
-    ids: Tensor
-    done: torch.cuda.Event | None
-    token_logprobs: TokenLogprobs | None = None
-
-    def token_ids(self) -> list[int]:
-        """Wait for the step: the sampled id of each item that samples, in order."""
-        if self.done is not None:
-            self.done.synchronize()
-        ids: list[int] = self.ids.tolist()
-        return ids
-
-    def logprobs(self) -> list[dict[int, float] | None] | None:
-        """Likewise the log-probabilities by token id: the sampled one first, then the likeliest.
-
-        None for an item that does not ask for them, and altogether if none does.
-        """
-        if self.token_logprobs is None:
-            return None
-        if self.done is not None:
-            self.done.synchronize()
-        return self.token_logprobs.by_row(len(self.ids))
 
 
 class ModelRunner:
@@ -185,44 +162,33 @@ class ModelRunner:
         self.sampled = torch.zeros(size, dtype=torch.int64, device=self.device)
         self.logits = torch.empty(size, model.vocab_size, dtype=self.dtype, device=self.device)
         self.host_outputs = [HostOutputs(size, 1 + MAX_LOGPROBS, on_cuda) for _ in range(2)]
-        self.embed, self.sample, self.decode_workspace = resolve_and_embed, sample, None
-        self.kept_threshold = kept_threshold
+        self.embed = kernel_of(resolve_and_embed, "embedding", self.device)
+        self.kept_threshold = kernel_of(kept_threshold, "filters", self.device)
+        self.sample: Callable[..., Tensor] = sample
+        self.decode_workspace = None
         if kernels.usable(self.device):
             from nanovllm.kernels.attention import decode_workspace
-            from nanovllm.kernels.embedding import resolve_and_embed as embed_kernel
-            from nanovllm.kernels.filters import kept_threshold as threshold_kernel
-            from nanovllm.kernels.sampler import sample as sample_kernel
+            from nanovllm.kernels.sampler import sample as kernel
             from nanovllm.kernels.sampler import sample_workspace
 
-            workspace = sample_workspace(size, self.device)
-            self.embed, self.sample = embed_kernel, partial(sample_kernel, workspace=workspace)
-            self.kept_threshold = threshold_kernel
+            self.sample = partial(kernel, workspace=sample_workspace(size, self.device))
             self.decode_workspace = decode_workspace(
                 size, model.num_heads, model.num_kv_heads, model.head_dim, self.device
             )
 
     def _derive_num_blocks(self, budget: CudaBudget | None) -> int:
         """How many blocks the memory holds, at most what the largest batch could need on a CPU."""
-        block_bytes = self._block_bytes()
+        block_bytes = self._bind_kv_cache(1).nbytes
         if budget is None:
-            num_blocks = min(
-                cpu_pool_budget() // block_bytes, self.config.max_num_seqs * self.blocks_per_seq
-            )
+            largest = self.config.max_num_seqs * self.blocks_per_seq
+            num_blocks = min(cpu_pool_budget() // block_bytes, largest)
         else:
-            self._bind_kv_cache(1)
             self._run_largest_prefill()
             graph_bytes = budget.growth_of(self._capture_largest) if self._can_capture() else 0
             pool_bytes = budget.pool_bytes(self.config.gpu_memory_utilization, graph_bytes)
             num_blocks = max(0, pool_bytes) // block_bytes
         check_pool_size(num_blocks, self.block_size, self.config.max_model_len)
         return num_blocks
-
-    def _block_bytes(self) -> int:
-        model = self.config.model_config
-        return (
-            2 * model.num_layers * self.block_size * model.num_kv_heads * model.head_dim
-            * self.dtype.itemsize
-        )  # fmt: skip
 
     def _bind_kv_cache(self, num_blocks: int) -> Tensor:
         """A pool of num_blocks, each layer's part bound to its attention."""
@@ -260,13 +226,19 @@ class ModelRunner:
         layers = self.model.model.layers
         # All launch the same, but for the last one (see Qwen3Model.forward).
         self.model.model.layers = nn.ModuleList([layers[0], layers[-1]])
+        linears = [module for module in self.model.modules() if isinstance(module, Linear)]
+        sizes = {size for linear in linears for size in linear.products.first_sizes}
+        num_seqs = {1 << n for n in range(limit.bit_length())}  # each plan of decode attention's
         with compiling_ahead(self.device):
-            for lengths in kernels.dry_prefills(
-                config.max_num_batched_tokens, limit, config.max_model_len
+            for lengths in dry_prefills(
+                sizes | triton_prefill_sizes(config.max_model_len),
+                config.max_num_batched_tokens,
+                limit,
+                config.max_model_len,
             ):
                 for from_cache in (False, True):
                     self._run_empty_prefill(lengths, from_cache)
-            for size in {min(1 << n, limit) for n in range(limit.bit_length() + 1)}:
+            for size in {min(size, limit) for size in sizes | num_seqs | {limit}}:
                 tensors = inputs.tensors(size)
                 context = tensors.context(self.block_size, self.decode_workspace, [1] * size)
                 self._decode_step(tensors, context)
@@ -282,7 +254,8 @@ class ModelRunner:
     def _run_empty_prefill(self, lengths: list[int], from_cache: bool) -> None:
         """A prefill of zeros that stores nothing; from_cache: it attends to the first block."""
         input_ids, positions, context = self.layout.empty_prefill(lengths, from_cache)
-        logits = self.model(input_ids, positions, context, out=self.logits[: len(lengths)])
+        x = self.model.model.embed_tokens(input_ids)
+        logits = self.model(x, positions, context, out=self.logits[: len(lengths)])
         zeros = positions[: len(lengths)]
         halves = torch.full_like(zeros, 0.5, dtype=torch.float32)
         for filters in (None, Filters(torch.ones_like(zeros, dtype=torch.int32), halves, halves)):
@@ -320,7 +293,7 @@ class ModelRunner:
         x, positions = self.embed(
             inputs.sources, self.sampled, inputs.context_lens, self.model.model.embed_tokens.weight
         )
-        logits = self.model.decode(x, positions, context, out=self.logits[: len(x)])
+        logits = self.model(x, positions, context, out=self.logits[: len(x)])
         self._sample(
             logits,
             SamplingTensors(inputs.temperatures, inputs.seeds, positions, inputs.filters),
@@ -341,7 +314,8 @@ class ModelRunner:
         self, items: list[ScheduledSequence], sampling: list[ScheduledSequence]
     ) -> None:
         input_ids, positions, context = self.layout.prefill(items)
-        logits = self.model(input_ids, positions, context, out=self.logits[: len(sampling)])
+        x = self.model.model.embed_tokens(input_ids)
+        logits = self.model(x, positions, context, out=self.logits[: len(sampling)])
         self._sample(logits, self.layout.sampling(sampling))
 
     def _read_later(self, batch: Batch, sampling: list[ScheduledSequence]) -> Launched:

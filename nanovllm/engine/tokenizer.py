@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from nanovllm.config import Config, as_token_ids, read_json
+from nanovllm.config import Config
+from nanovllm.model_config import as_token_ids, read_json
 
 
 def load_tokenizer(config: Config) -> Any | None:

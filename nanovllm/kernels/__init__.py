@@ -3,13 +3,17 @@
 Each names its PyTorch twin, or twins, in nanovllm/layers.
 
 Import nothing from here at the top of another module: triton is missing on many machines. Layers
-ask `usable` once, when a model is built, and import a kernel only then.
+ask once, when a model is built, and import a kernel only then.
 """
 
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @cache
@@ -23,21 +27,14 @@ def usable(device: torch.device | None = None) -> bool:
     return device.type == "cuda" and _has_triton()
 
 
-def dry_prefills(
-    max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
-) -> list[list[int]]:
-    """Lengths of the prompts of prefill steps that launch, together, what any step launches.
+def kernel_of(twin: T, module: str, device: torch.device | None = None) -> T:
+    """The kernel that does what a PyTorch function does, where kernels are usable; else that one.
 
-    Totals are rounded up to whole prompts.
-
-    Kernels differ for up to 16, 64, 128, 192 and 256 tokens, more, and 2,048 or more (linear
-    layers: small_linear_plan, gated_linear.min_tokens); for prompts over 1,024 (attention), and for
-    4,096 or more tokens of long prompts (hopper_attention.is_faster). The output head's differ with
-    the number of sequences: decode steps of 1 to 64 launch all of them.
+    Args:
+        twin: a function of nanovllm.layers; the kernel's launcher has its name and signature.
+        module: of nanovllm.kernels, in which the launcher is.
     """
-    steps = [[2], [17], [65], [129], [193], [257]]
-    for num_tokens in (2048, 4096):
-        most = min(num_tokens, max_num_batched_tokens, max_num_seqs * max_model_len)
-        longest = min(most, max_model_len)
-        steps.append([longest] * -(-most // longest))
-    return steps
+    if not usable(device):
+        return twin
+    kernel: T = getattr(import_module(f"{__name__}.{module}"), twin.__name__)  # type: ignore[attr-defined]
+    return kernel

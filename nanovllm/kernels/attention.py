@@ -413,7 +413,8 @@ PREFILL_TILES = {
     128: (PrefillTiles(64, 64, 4, 3), PrefillTiles(128, 64, 8, 2)),
     256: (PrefillTiles(128, 32, 8, 2), PrefillTiles(64, 32, 8, 2)),
 }
-# From the cache, long prompts gain from reading it less often.
+# From the cache, prompts of more queries gain from reading it less often.
+LONG_QUERIES = 1024
 LONG_PAGED_TILES = {128: PrefillTiles(128, 128, 8, 2)}
 FLOAT32_TILES = PrefillTiles(32, 32, 4, 1)
 
@@ -465,7 +466,7 @@ def paged_prefill(
     assert head_dim % 16 == 0 and block_size % 16 == 0 and num_heads % num_kv_heads == 0
     assert query.stride()[1:] == (head_dim, 1)
     if tiles is None:
-        long_paged = block_size > 0 and max_query_len > 1024
+        long_paged = block_size > 0 and max_query_len > LONG_QUERIES
         tiles = prefill_tiles(head_dim, query.dtype, shared_memory(query.device), long_paged)
     if block_tables is not None:
         assert key.is_contiguous() and value.is_contiguous() and block_tables.stride(1) == 1

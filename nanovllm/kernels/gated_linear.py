@@ -4,8 +4,6 @@ Twin: silu_and_mul of F.linear. As a matrix product alone cuBLAS is 2 % faster; 
 twice as wide, has to be written and read again. For Hopper only: see kernels.hopper.
 """
 
-import math
-
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -19,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.device import is_hopper, num_sms
+from nanovllm.kernels.device import num_sms
 from nanovllm.kernels.hopper import descriptor, new_barriers
 from nanovllm.kernels.launch import launch
 
@@ -131,16 +129,6 @@ def _gated_linear_kernel(
         ],
         [1], [40],
     )  # fmt: skip
-
-
-def min_tokens(weight: Tensor) -> float:
-    """From how many tokens on this was measured to be faster than cuBLAS and silu_and_mul.
-
-    Infinitely many where there is no such kernel. TMA wants rows that begin at multiples of 16
-    bytes.
-    """
-    fits = weight.element_size() == 2 and len(weight) % 16 == 0 and weight.size(1) % 8 == 0
-    return 2048 if fits and is_hopper(weight.device) else math.inf
 
 
 def gated_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
 
-# Each further token is another pass over the weights in registers: from 3 on small_linear is
-# faster, in layers with thousands of inputs from 2 on.
 MAX_TOKENS = 2
 
 
@@ -94,84 +92,44 @@ def matvec_config(num_tokens: int, input_size: int, norm: bool) -> tuple[int, in
     return rows, block, 8 if block >= 2048 and input_size > 2048 else 4
 
 
-def _matvec(
+def matvec(
     x: Tensor,
     weight: Tensor,
-    norm: tuple[Tensor, float] | None = None,
     bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
     residual: Tensor | None = None,
     gated: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    num_tokens, input_size = x.shape
-    output_size = len(weight) // (2 if gated else 1)
-    assert 0 < num_tokens <= MAX_TOKENS and weight.size(1) == input_size
-    assert x.is_contiguous() and weight.is_contiguous()
-    assert residual is None or residual.is_contiguous()
-    out = x.new_empty(num_tokens, output_size) if out is None else out
-    rows, block, num_warps = matvec_config(num_tokens, input_size, norm is not None)
-    norm_weight, eps = norm or (None, 0.0)
-    launch(
-        _matvec_kernel, (triton.cdiv(output_size, rows),), x,
-        x, norm_weight, weight, bias, residual, out, eps, TOKENS=num_tokens, N=output_size,
-        K=input_size, ROWS=rows, BLOCK_K=block, TILES=triton.cdiv(input_size, block),
-        NORM=norm is not None, GATED=gated, num_warps=num_warps,
-    )  # fmt: skip
-    return out
+    """residual + linear(rms_norm(x)), for at most MAX_TOKENS tokens, in one launch.
 
-
-def rms_norm_linear(
-    x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """linear(rms_norm(x)), for at most MAX_TOKENS tokens. Twins: rms_norm, F.linear.
+    Twins, one after the other: rms_norm, F.linear, silu_and_mul if gated, add.
 
     Args:
         x: [num_tokens, input_size], contiguous.
-        norm_weight: [input_size].
-        weight: [output_size, input_size], contiguous, in x's dtype. bias: [output_size].
+        weight: [output_size, input_size], contiguous, in x's dtype; gated: twice as many rows,
+            gate over up.
+        bias: [output_size]; not with gated.
+        norm_weight: [input_size], or None: no norm.
+        residual: [num_tokens, output_size], contiguous, to be added to the rounded output.
 
     Returns:
         [num_tokens, output_size]: `out`, if given, which must be contiguous.
     """
-    return _matvec(x, weight, (norm_weight, eps), bias=bias, out=out)
-
-
-def rms_norm_gate_up(
-    x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    weight: Tensor,
-) -> Tensor:
-    """silu_and_mul(linear(rms_norm(x))), for at most MAX_TOKENS tokens.
-
-    Twins: rms_norm, F.linear, silu_and_mul.
-
-    Args:
-        x: [num_tokens, hidden_size]. weight: [2 * intermediate_size, hidden_size], gate over up.
-
-    Returns:
-        [num_tokens, intermediate_size].
-    """
-    return _matvec(x, weight, (norm_weight, eps), gated=True)
-
-
-def linear_add(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """residual + linear(x), for at most MAX_TOKENS tokens. Twins: F.linear, add.
-
-    Args:
-        x: [num_tokens, input_size]. residual: [num_tokens, output_size]. All contiguous.
-
-    Returns:
-        [num_tokens, output_size].
-    """
-    return _matvec(x, weight, bias=bias, residual=residual)
+    num_tokens, input_size = x.shape
+    output_size = len(weight) // (2 if gated else 1)
+    assert num_tokens <= MAX_TOKENS and weight.size(1) == input_size
+    assert x.is_contiguous() and weight.is_contiguous() and not (gated and bias is not None)
+    assert residual is None or residual.is_contiguous()
+    out = x.new_empty(num_tokens, output_size) if out is None else out
+    if num_tokens == 0:
+        return out
+    rows, block, num_warps = matvec_config(num_tokens, input_size, norm_weight is not None)
+    launch(
+        _matvec_kernel, (triton.cdiv(output_size, rows),), x,
+        x, norm_weight, weight, bias, residual, out, eps, TOKENS=num_tokens, N=output_size,
+        K=input_size, ROWS=rows, BLOCK_K=block, TILES=triton.cdiv(input_size, block),
+        NORM=norm_weight is not None, GATED=gated, num_warps=num_warps,
+    )  # fmt: skip
+    return out

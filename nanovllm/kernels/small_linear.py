@@ -13,12 +13,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.device import has_tma, is_hopper, shared_memory
+from nanovllm.kernels.device import has_tma, shared_memory
 from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
 
 MAX_TOKENS = 256
 FEW_TOKENS = 64  # up to so many are one tile
+TOKEN_BORDERS = (16, *range(64, MAX_TOKENS + 1, 64))  # plans differ up to so many tokens
 TILE_OUTPUTS = 32  # of the smallest tile
 H100_SMS = 132
 
@@ -183,33 +184,13 @@ def small_linear_plan(
     return SmallLinearPlan(tokens, outputs, inputs, stages(inputs), num_parts, tma)
 
 
-def was_measured(weight: Tensor) -> bool:
-    """True for what plans were measured with, and compared with cuBLAS: 16-bit, on an H100."""
-    return weight.element_size() == 2 and is_hopper(weight.device)
-
-
-def max_tokens(weight: Tensor, gated: bool = False) -> int:
-    """Up to how many tokens this is faster than cuBLAS, where it was measured.
-
-    MAX_TOKENS in layers as small as those of Qwen3-0.6B: there a launch that overlaps with the ones
-    before and after it is worth more than cuBLAS's better loop. Twice FEW_TOKENS in gated ones
-    whose programs all run at once, since SiLU * up needs no launch of its own.
-    """
-    if not was_measured(weight):
-        return FEW_TOKENS
-    if min(weight.shape) <= 1024 and weight.numel() <= 6144 * 1024:
-        return MAX_TOKENS
-    num_programs = 2 * triton.cdiv(len(weight) // 2, 64)  # of 64 tokens and 64 outputs
-    at_once = gated and num_programs <= 3 * H100_SMS  # three fit an SM
-    return 2 * FEW_TOKENS if at_once else FEW_TOKENS
-
-
-def small_linear_counters(output_size: int) -> Tensor:
+def small_linear_counters(output_size: int, device: torch.device | None = None) -> Tensor:
     """What `small_linear` needs to know when a tile is complete: int32 zeros, one a tile.
 
     Launches that may overlap in time (other than in one stream) must not share them.
     """
-    return torch.zeros(triton.cdiv(output_size, TILE_OUTPUTS), dtype=torch.int32)
+    num_tiles = triton.cdiv(output_size, TILE_OUTPUTS)
+    return torch.zeros(num_tiles, dtype=torch.int32, device=device)
 
 
 def small_linear(

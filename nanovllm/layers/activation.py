@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm import kernels
+from nanovllm.kernels import kernel_of
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
@@ -24,11 +24,7 @@ class SiluAndMul(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.silu_and_mul = silu_and_mul
-        if kernels.usable():
-            from nanovllm.kernels.fused import silu_and_mul as kernel
-
-            self.silu_and_mul = kernel
+        self.silu_and_mul = kernel_of(silu_and_mul, "fused")
 
     def forward(self, gate_up: Tensor) -> Tensor:
         """[num_tokens, 2 * intermediate_size] -> [num_tokens, intermediate_size]."""

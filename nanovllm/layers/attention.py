@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm import kernels
-from nanovllm.config import ModelConfig
+from nanovllm.config import FLASH_BLOCK_STEP
+from nanovllm.kernels import kernel_of
 from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.rotary_embedding import apply_rotary
+from nanovllm.model_config import ModelConfig
 from nanovllm.utils.context import Context
 
 # Rows of a mask [rows, keys] made at a time when queries attend to keys of earlier steps.
@@ -219,6 +220,15 @@ def triton_prefill(inputs: AttentionInputs) -> Tensor:
     )
 
 
+def triton_prefill_sizes(max_model_len: int) -> set[int]:
+    """Tokens of steps that run all of triton_prefill's kernels, their prompts as long as may be."""
+    from nanovllm.kernels.attention import LONG_QUERIES
+    from nanovllm.kernels.hopper_attention import MIN_TOKENS
+
+    longest = min(MIN_TOKENS, max_model_len)
+    return {LONG_QUERIES + 1, -(-MIN_TOKENS // longest) * longest}
+
+
 def triton_decode(inputs: AttentionInputs) -> Tensor:
     """Decode with the kernel of nanovllm.kernels.attention."""
     from nanovllm.kernels.attention import paged_decode
@@ -237,73 +247,69 @@ def triton_decode(inputs: AttentionInputs) -> Tensor:
 class Backend(NamedTuple):
     """A pair of functions that compute attention [num_tokens, num_heads, head_dim].
 
+    What a pair from a package needs: CUDA, 16-bit elements, a head_dim in `head_dims`, a block_size
+    that is a multiple of `block_step`, a GPU of `min_capability`. PyTorch's needs nothing.
     `loops_on_host`: a decode is no fixed sequence of launches, so that no CUDA graph can hold it.
     """
 
     prefill: Callable[[AttentionInputs], Tensor]
     decode: Callable[[AttentionInputs], Tensor]
+    package: str | None = None
+    head_dims: range = range(0)
+    block_step: int = 1
+    min_capability: tuple[int, int] = (0, 0)
     loops_on_host: bool = False
 
 
+# The fastest first. Measured on an H100 with head_dim 128, against flash-attn 2.8.3: the Triton
+# kernels take 0.4 to 1.0 of its time in decode, and 0.65 to 1.02 in prefill; the one for Hopper
+# takes 0.7 to 1.0 of the time of Triton's where it is used.
 BACKENDS = {
+    "triton": Backend(triton_prefill, triton_decode, "triton", range(32, 257, 16)),
+    "flash_attn": Backend(
+        flash_prefill, flash_decode, "flash_attn", range(8, 257, 8), FLASH_BLOCK_STEP, (8, 0)
+    ),
     "torch": Backend(torch_prefill, torch_decode, loops_on_host=True),
-    "flash_attn": Backend(flash_prefill, flash_decode),
-    "triton": Backend(triton_prefill, triton_decode),
 }
 
 
 def select_backend(
     requested: str, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int
 ) -> str:
-    """Name of the back end to use: the one requested, or the fastest that works here.
-
-    Measured on an H100 with head_dim 128, against flash-attn 2.8.3: the Triton kernels take 0.4 to
-    1.0 of its time in decode, and 0.65 to 1.02 in prefill; the one for Hopper takes 0.7 to 1.0 of
-    the time of Triton's where it is used.
+    """Name of the back end to use: the one requested, or the first that works here.
 
     Raises:
         ValueError: the requested back end is not installed or cannot work with these arguments.
     """
-    reasons = {
-        "torch": None,
-        "flash_attn": _why_not_flash_attn(device, dtype, block_size, head_dim),
-        "triton": _why_not_triton(device, dtype, head_dim),
-    }
-    if requested == "auto":
-        return next(name for name in ("triton", "flash_attn", "torch") if not reasons[name])
-    if reason := reasons[requested]:
-        raise ValueError(f"attention_backend={requested!r} cannot be used: {reason}")
-    return requested
+    for name, backend in BACKENDS.items():
+        reason = _why_not(backend, device, dtype, block_size, head_dim)
+        if reason is None and requested in ("auto", name):
+            return name
+        if requested == name:
+            raise ValueError(f"attention_backend={requested!r} cannot be used: {reason}")
+    raise AssertionError(f"no back end is called {requested!r}")
 
 
-def _why_not_flash_attn(
-    device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int
+def _why_not(
+    backend: Backend, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int
 ) -> str | None:
-    if block_size % 256:
-        return f"kvcache_block_size {block_size} is no multiple of 256"
-    if head_dim > 256 or head_dim % 8:
-        return f"head_dim {head_dim} is no multiple of 8 up to 256"
-    if reason := _why_not_half_precision_on_cuda(device, dtype):
-        return reason
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than sm_80"
-    return None if find_spec("flash_attn") else "the package flash-attn is not installed"
-
-
-def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if head_dim not in range(32, 257, 16):
-        return f"head_dim {head_dim} is no multiple of 16 from 32 to 256"
-    if reason := _why_not_half_precision_on_cuda(device, dtype):
-        return reason
-    return None if kernels.usable(device) else "the package triton is not installed"
-
-
-def _why_not_half_precision_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a back end cannot be used; None if it can."""
+    package, dims = backend.package, backend.head_dims
+    if package is None:
+        return None
+    if block_size % backend.block_step:
+        return f"kvcache_block_size {block_size} is no multiple of {backend.block_step}"
+    if head_dim not in dims:
+        return f"head_dim {head_dim} is no multiple of {dims.step} from {dims[0]} to {dims[-1]}"
     if device.type != "cuda":
         return f"the device is {device}, not CUDA"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the dtype is {dtype}, not float16 or bfloat16"
-    return None
+    if torch.cuda.get_device_capability(device) < backend.min_capability:
+        return "the GPU is older than sm_{}{}".format(*backend.min_capability)
+    return (
+        None if find_spec(package) else f"the package {package.replace('_', '-')} is not installed"
+    )
 
 
 class Attention(nn.Module):
@@ -320,11 +326,7 @@ class Attention(nn.Module):
         self.scale = config.head_dim**-0.5
         self.backend = backend
         self.k_cache = self.v_cache = torch.empty(0)
-        self.qk_norm_rope_store = qk_norm_rope_store
-        if kernels.usable():
-            from nanovllm.kernels.fused import qk_norm_rope_store as kernel
-
-            self.qk_norm_rope_store = kernel
+        self.qk_norm_rope_store = kernel_of(qk_norm_rope_store, "fused")
 
     def forward(
         self,

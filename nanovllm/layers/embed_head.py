@@ -40,11 +40,7 @@ class Embedding(nn.Module):
 class LMHead(Linear):
     """The output head: the same layout as an embedding, so that a tied one shares its weight."""
 
+    is_head = True
+
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__(hidden_size, vocab_size)
-
-    def _measured_max_small(self) -> int:
-        from nanovllm.kernels.small_linear import FEW_TOKENS, was_measured
-
-        # More rows than those would ask for more dry steps: see kernels.dry_prefills.
-        return FEW_TOKENS if was_measured(self.weight) else -1

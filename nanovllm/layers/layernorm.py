@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm import kernels
+from nanovllm.kernels import kernel_of
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -27,11 +27,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
-        self.rms_norm = rms_norm
-        if kernels.usable():
-            from nanovllm.kernels.fused import rms_norm as kernel
-
-            self.rms_norm = kernel
+        self.rms_norm = kernel_of(rms_norm, "fused")
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, size] -> [num_tokens, size]."""

@@ -4,20 +4,20 @@ Module names follow the checkpoints', so that a tensor's name tells where it goe
 one input are merged. Tokens of all sequences lie in one row [num_tokens, ...]: only attention
 knows where one sequence ends.
 
-`forward` is the model as the paper has it. `forward_few` is the same for a decode step of a few
-sequences on a GPU, where reading the weights is all that counts: six launches a layer.
+Each half of a layer adds something to the stream x: its first linear layer is handed the norm that
+x goes through before it, its last one what its output is added to. So a layer can do all of it in
+one launch where that is faster.
 """
 
 import torch
 from torch import Tensor, nn
 
-from nanovllm import kernels
-from nanovllm.config import ModelConfig
 from nanovllm.layers.attention import Attention, Backend
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GatedLinear, Linear, MergedLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.model_config import ModelConfig
 from nanovllm.utils.context import Context
 
 
@@ -40,7 +40,7 @@ class Qwen3Attention(nn.Module):
         self.attn = Attention(config, backend)
 
     @property
-    def norms(self) -> tuple[Tensor | None, Tensor | None]:
+    def qk_norms(self) -> tuple[Tensor | None, Tensor | None]:
         """The weights [head_dim] of q's and k's norm."""
         if self.q_norm is None or self.k_norm is None:
             return None, None
@@ -49,21 +49,22 @@ class Qwen3Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        residual: Tensor,
+        norm: RMSNorm,
         cos_sin: Tensor,
         positions: Tensor,
         context: Context,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """x, residual [num_tokens, hidden_size] -> residual (overwritten) + attention of x.
+        """x [num_tokens, hidden_size], overwritten, -> x + attention of norm(x).
 
         Args:
             rows: int64, those of the result to compute, in a new tensor; None: all.
         """
-        heads = self.attn(self.qkv_proj(x), self.norms, cos_sin, positions, context)
+        qkv = self.qkv_proj(x, norm=norm)
+        heads = self.attn(qkv, self.qk_norms, cos_sin, positions, context)
         if rows is not None:
-            heads, residual = heads[rows], residual[rows]
-        return self.o_proj(heads, residual)
+            heads, x = heads[rows], x[rows]
+        return self.o_proj(heads, residual=x)
 
 
 class Qwen3MLP(nn.Module):
@@ -74,9 +75,9 @@ class Qwen3MLP(nn.Module):
         self.gate_up_proj = GatedLinear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x, residual [num_tokens, hidden_size] -> residual (overwritten) + MLP of x."""
-        return self.down_proj(self.gate_up_proj(x), residual)
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x [num_tokens, hidden_size], overwritten, -> x + MLP of norm(x)."""
+        return self.down_proj(self.gate_up_proj(x, norm=norm), residual=x)
 
 
 class Qwen3DecoderLayer(nn.Module):
@@ -104,23 +105,8 @@ class Qwen3DecoderLayer(nn.Module):
         Args:
             rows: int64, those of the result to compute; None: all. K and V of all are stored.
         """
-        x = self.self_attn(self.input_layernorm(x), x, cos_sin, positions, context, rows)
-        return self.mlp(self.post_attention_layernorm(x), x)
-
-    def forward_few(
-        self, x: Tensor, cos_sin: Tensor, positions: Tensor, context: Context
-    ) -> Tensor:
-        """The stream x [num_seqs, hidden_size] through the block, in six launches."""
-        from nanovllm.kernels.gemv import linear_add, rms_norm_gate_up, rms_norm_linear
-
-        attention, mlp = self.self_attn, self.mlp
-        norm, qkv_proj, o_proj = self.input_layernorm, attention.qkv_proj, attention.o_proj
-        qkv = rms_norm_linear(x, norm.weight, norm.eps, qkv_proj.weight, qkv_proj.bias)
-        heads = attention.attn(qkv, attention.norms, cos_sin, positions, context)
-        x = linear_add(heads, o_proj.weight, x, o_proj.bias)
-        norm = self.post_attention_layernorm
-        hidden = rms_norm_gate_up(x, norm.weight, norm.eps, mlp.gate_up_proj.weight)
-        return linear_add(hidden, mlp.down_proj.weight, x)
+        x = self.self_attn(x, self.input_layernorm, cos_sin, positions, context, rows)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class Qwen3Model(nn.Module):
@@ -136,7 +122,7 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """Embeddings [num_tokens, hidden_size], overwritten, -> normed hidden states.
+        """Embeddings [num_tokens, hidden_size], overwritten, through the layers, up to the norm.
 
         Of the positions that `context.logit_rows` names: the others end with the last layer's keys
         and values, since no layer after it attends to them.
@@ -144,14 +130,7 @@ class Qwen3Model(nn.Module):
         *layers, last_layer = self.layers
         for layer in layers:
             x = layer(x, self.rotary_emb.cos_sin, positions, context)
-        x = last_layer(x, self.rotary_emb.cos_sin, positions, context, context.logit_rows)
-        return self.norm(x)
-
-    def forward_few(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """`forward` up to the final norm."""
-        for layer in self.layers:
-            x = layer.forward_few(x, self.rotary_emb.cos_sin, positions, context)
-        return x
+        return last_layer(x, self.rotary_emb.cos_sin, positions, context, context.logit_rows)
 
 
 class Qwen3ForCausalLM(nn.Module):
@@ -170,36 +149,20 @@ class Qwen3ForCausalLM(nn.Module):
         self.tie_word_embeddings = config.tie_word_embeddings
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.max_few = 0  # the largest decode step that forward_few takes
-        if kernels.usable():
-            from nanovllm.kernels.gemv import MAX_TOKENS
-
-            self.max_few = MAX_TOKENS if config.hidden_size <= 2048 else 1
 
     @torch.inference_mode()
     def forward(
-        self, input_ids: Tensor, positions: Tensor, context: Context, out: Tensor | None = None
+        self, x: Tensor, positions: Tensor, context: Context, out: Tensor | None = None
     ) -> Tensor:
         """Logits of the positions that `context.logit_rows` names.
 
         Args:
-            input_ids, positions: int64 [num_tokens], the tokens of all sequences in a row.
+            x: [num_tokens, hidden_size], the embeddings (`model.embed_tokens`) of the tokens of all
+                sequences in a row; overwritten.
+            positions: int64 [num_tokens].
 
         Returns:
             [num_sampled, vocab_size] in the model's dtype: `out`, if given.
         """
-        x = self.model.embed_tokens(input_ids)
-        return self.lm_head(self.model(x, positions, context), out=out)
-
-    @torch.inference_mode()
-    def decode(
-        self, x: Tensor, positions: Tensor, context: Context, out: Tensor | None = None
-    ) -> Tensor:
-        """A decode step: embeddings [num_seqs, hidden_size] to logits [num_seqs, vocab_size]."""
-        if len(x) > self.max_few:
-            return self.lm_head(self.model(x, positions, context), out=out)
-        from nanovllm.kernels.gemv import rms_norm_linear
-
-        norm = self.model.norm
-        x = self.model.forward_few(x, positions, context)
-        return rms_norm_linear(x, norm.weight, norm.eps, self.lm_head.weight, out=out)
+        x = self.model(x, positions, context)
+        return self.lm_head(x, norm=self.model.norm, out=out)

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from nanovllm.config import read_json
-from nanovllm.layers.linear import MergedLinear
+from nanovllm.model_config import read_json
 
 CONFIG_FILES = (
     "config.json",
@@ -56,11 +56,19 @@ def resolve_model_dir(model: str | Path, with_weights: bool = True) -> Path:
         ) from error
 
 
+@runtime_checkable
+class Merged(Protocol):
+    """A module whose parameters stand in a checkpoint as several tensors each."""
+
+    def shards(self) -> Iterator[tuple[str, Tensor]]:
+        """Their names there, where the module's own name would stand, and the parts they fill."""
+
+
 def checkpoint_targets(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor that a checkpoint must hold, by its name there: the memory it is copied to."""
     targets: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, MergedLinear):
+        if isinstance(module, Merged):
             parent = prefix.rpartition(".")[0]
             targets.update((f"{parent}.{name}", part) for name, part in module.shards())
         else:

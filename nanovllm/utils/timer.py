@@ -41,7 +41,7 @@ class Timer:
         else:
             begin_s = time.perf_counter()
             yield
-            self._add(name, time.perf_counter() - begin_s)
+            self.add(name, time.perf_counter() - begin_s)
 
     def wrap(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
         """The same function, its calls counted under `name`."""
@@ -58,11 +58,12 @@ class Timer:
         if self._events:
             torch.cuda.synchronize(self.device)
             for name, begin, end in self._events:
-                self._add(name, begin.elapsed_time(end) / 1e3)
+                self.add(name, begin.elapsed_time(end) / 1e3)
             self._events.clear()
         by_time = sorted(self._seconds.items(), key=lambda item: -item[1])
         return {name: (seconds, self._counts[name]) for name, seconds in by_time}
 
-    def _add(self, name: str, seconds: float) -> None:
+    def add(self, name: str, seconds: float) -> None:
+        """Count a time that was measured otherwise."""
         self._seconds[name] += seconds
         self._counts[name] += 1

@@ -43,10 +43,11 @@ class StepInputs:
     """
 
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device | str) -> None:
-        options = {"dtype": torch.int32, "device": device, "pin_memory": str(device) == "cpu"}
         rows = -(-max_num_seqs // 32) * 32  # every field begins at a multiple of 128 bytes
-        self.fields = torch.zeros(NUM_FIELDS, rows, **options)
-        self.block_tables = torch.zeros(max_num_seqs, max_blocks, **options)
+        self.fields, self.block_tables = (
+            torch.zeros(size, dtype=torch.int32, device=device, pin_memory=str(device) == "cpu")
+            for size in ((NUM_FIELDS, rows), (max_num_seqs, max_blocks))
+        )
 
     def tensors(self, num_seqs: int) -> "StepTensors":
         """Views of the first rows."""
@@ -103,7 +104,7 @@ class Staging:
         self.floats = self.inputs.fields[4:7].view(torch.float32).numpy()
         self.seeds = self.inputs.fields[7:].flatten().view(torch.int64).numpy()
         self.block_tables = self.inputs.block_tables.numpy()
-        self.copied = torch.cuda.Event()
+        self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def write(self, rows: list[DecodeRow], num_padded: int) -> None:
         """Write the rows, then padding up to num_padded: no slot, context length 0."""

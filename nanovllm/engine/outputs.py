@@ -1,9 +1,11 @@
-"""HostOutputs: the host memory that a step's sampled ids and log-probabilities are copied to."""
+"""What a step gives: sampled ids and log-probabilities, on their way to the host."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from nanovllm.engine.scheduler import Batch
 
 
 class TokenLogprobs(NamedTuple):
@@ -25,6 +27,36 @@ class TokenLogprobs(NamedTuple):
             count = 1 + num_likeliest
             logprobs[row] = dict(zip(ids[:count], values[:count], strict=True))
         return logprobs
+
+
+class Launched(NamedTuple):
+    """A step on its way: its tensors are on the host once `done` has come.
+
+    ids: int64 [num_sampled]. token_logprobs: None if no item asks for any.
+    """
+
+    batch: Batch
+    ids: Tensor
+    done: torch.cuda.Event | None
+    token_logprobs: TokenLogprobs | None = None
+
+    def token_ids(self) -> list[int]:
+        """Wait for the step: the sampled id of each item that samples, in order."""
+        if self.done is not None:
+            self.done.synchronize()
+        ids: list[int] = self.ids.tolist()
+        return ids
+
+    def logprobs(self) -> list[dict[int, float] | None] | None:
+        """Likewise the log-probabilities by token id: the sampled one first, then the likeliest.
+
+        None for an item that does not ask for them, and altogether if none does.
+        """
+        if self.token_logprobs is None:
+            return None
+        if self.done is not None:
+            self.done.synchronize()
+        return self.token_logprobs.by_row(len(self.ids))
 
 
 class HostOutputs:
