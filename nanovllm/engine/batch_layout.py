@@ -184,11 +184,12 @@ def dry_prefills(
 ) -> list[list[int]]:
     """Lengths of the prompts of prefill steps of so many tokens, for BatchLayout.empty_prefill.
 
-    The prompts are as long as may be; sizes too large for a step are cut to the largest.
+    The prompts are as long as may be; sizes too large for a step are cut to the largest. The
+    largest step comes first: its kernels take the longest to compile.
     """
     steps = []
     most = min(max_num_batched_tokens, max_num_seqs * max_model_len)
-    for num_tokens in sorted({min(size, most) for size in sizes}):
+    for num_tokens in sorted({min(size, most) for size in sizes}, reverse=True):
         num_whole, rest = divmod(num_tokens, max_model_len)
         steps.append([max_model_len] * num_whole + [rest] * (rest > 0))
     return steps
