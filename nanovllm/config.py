@@ -84,7 +84,8 @@ class Config:
         if self.max_model_len > limit:
             logger.warning("max_model_len %d cut to the model's %d", self.max_model_len, limit)
             self.max_model_len = limit
-        self._check_pool()
+        if self.num_kvcache_blocks != -1:
+            check_pool_size(self.num_kvcache_blocks, self.kvcache_block_size, self.max_model_len)
 
     def _check_options(self) -> None:
         require_int("max_num_batched_tokens", self.max_num_batched_tokens, low=1)
@@ -124,10 +125,6 @@ class Config:
                     "attention_backend='flash_attn' needs a kvcache_block_size that is a multiple "
                     f"of {FLASH_BLOCK_STEP}, got {self.kvcache_block_size}"
                 )
-
-    def _check_pool(self) -> None:
-        if self.num_kvcache_blocks != -1:
-            check_pool_size(self.num_kvcache_blocks, self.kvcache_block_size, self.max_model_len)
 
 
 def check_pool_size(num_blocks: int, block_size: int, max_model_len: int) -> None:

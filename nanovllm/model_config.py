@@ -61,7 +61,8 @@ class ModelConfig:
             ValueError: an architecture, or a feature of one, that is not implemented; a missing
                 or impossible size.
         """
-        name, architecture = _architecture(raw)
+        name = _architecture_name(raw)
+        architecture = ARCHITECTURES[name]
         _refuse_unimplemented(raw)
         num_heads = _size(raw, "num_attention_heads")
         num_kv_heads = _size(raw, "num_key_value_heads", default=num_heads)
@@ -101,7 +102,7 @@ class ModelConfig:
         )
 
 
-def _architecture(raw: Mapping[str, Any]) -> tuple[str, Architecture]:
+def _architecture_name(raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures") or [None]
     if not isinstance(names, list):
         raise ValueError(f"config.json: architectures must be a list, got {names!r}")
@@ -109,7 +110,7 @@ def _architecture(raw: Mapping[str, Any]) -> tuple[str, Architecture]:
         raise ValueError(
             f"architecture {names[0]!r} is not supported, only {' and '.join(ARCHITECTURES)}"
         )
-    return names[0], ARCHITECTURES[names[0]]
+    return str(names[0])
 
 
 def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -34,6 +34,7 @@ from nanovllm.layers.linear import GatedLinear, Linear
 from nanovllm.layers.products import (
     ProductTable,
     few_tokens,
+    first_sizes,
     gated_prefill,
     plain,
     product_table,
@@ -846,8 +847,7 @@ def products_of(*shape: int, dtype: torch.dtype = torch.bfloat16, **kind: bool) 
 
 def most_tokens(table: ProductTable, function: Callable[..., Tensor]) -> float:
     """The most tokens that a product is for; 0 if it is for none."""
-    entries = zip(table.borders, table.products, strict=True)
-    return max((n for n, p in entries if getattr(p, "func", p) is function), default=0)
+    return max((n for n, p in table.items() if getattr(p, "func", p) is function), default=0)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -888,18 +888,15 @@ def test_matvec_is_used_where_it_was_measured() -> None:
 @pytest.mark.usefixtures("hopper")
 def test_a_table_has_an_entry_for_every_form_of_a_kernel() -> None:
     table = products_of(6144, 1024, is_gated=True)
-    assert table.first_sizes == [1, 2, 3, 17, 65, 129, 193, 257, 2048]
-    names = {0: few_tokens, 2: few_tokens, 3: small_batch, 256: small_batch, 257: plain}
-    for num_tokens, product in (
-        names | {2047: plain, 2048: gated_prefill, 10**6: gated_prefill}
-    ).items():
-        assert getattr(table[num_tokens], "func", table[num_tokens]) is product
+    assert list(table) == sorted(table)
+    assert first_sizes(table) == {1, 2, 3, 17, 65, 129, 193, 257, 2048}
+    borders = {few_tokens: 2, small_batch: 256, plain: 2047, gated_prefill: math.inf}
+    assert {product: most_tokens(table, product) for product in borders} == borders
 
 
 def test_without_kernels_every_product_is_pytorchs() -> None:
-    table = Linear(64, 64).products
-    assert table.products == [plain]
-    assert table.first_sizes == [1]
+    assert Linear(64, 64).products == {math.inf: plain}
+    assert first_sizes(Linear(64, 64).products) == {1}
 
 
 @runs_on_hopper
@@ -928,7 +925,7 @@ def test_gated_linear_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPa
 
     def min_tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> float:
         table = products_of(*shape, dtype=dtype, is_gated=True)
-        return table.first_sizes[-1] if table.products[-1] is gated_prefill else math.inf
+        return max(first_sizes(table)) if table[math.inf] is gated_prefill else math.inf
 
     assert min_tokens(6144, 1024) == min_tokens(24576, 4096) == 2048
     assert min_tokens(6144, 1024, dtype=torch.float32) == math.inf
@@ -1010,7 +1007,7 @@ def test_a_layer_fills_out_and_adds_to_its_residual_once(
 
     layer = Linear(96, 40, bias=bias).to(DEVICE, dtype)
     small = partial(small_batch, counters=small_linear_counters(40, DEVICE))
-    layer.products = ProductTable({2: few_tokens, 64: small, math.inf: plain})
+    layer.products = {2: few_tokens, 64: small, math.inf: plain}
     for parameter in layer.parameters():
         parameter.data.normal_()
     x, residual = randn(num_tokens, 96, dtype=dtype), 30 * randn(num_tokens, 40, dtype=dtype)
@@ -1084,10 +1081,10 @@ def test_dry_prefills_reach_what_any_step_launches(monkeypatch: pytest.MonkeyPat
         )
 
     monkeypatch.setattr(hopper_attention, "is_hopper", lambda _: True)
-    first_sizes: set[int] = set()
+    linear_sizes: set[int] = set()
     for inputs, outputs in sizes:
         for gated in (False, True):
-            first_sizes.update(products_of(outputs, inputs, is_gated=gated).first_sizes)
+            linear_sizes |= first_sizes(products_of(outputs, inputs, is_gated=gated))
 
     def attention(lengths: list[int]) -> str:
         """Which kernel attends."""
@@ -1099,7 +1096,7 @@ def test_dry_prefills_reach_what_any_step_launches(monkeypatch: pytest.MonkeyPat
     for _ in range(2000):
         choices = [2, 20, 100, 300, 400, 1100, 1500, 3000, 9000]
         tokens, seqs, length = (rng.choice(choices) for _ in range(3))
-        all_sizes = first_sizes | triton_prefill_sizes(length)
+        all_sizes = linear_sizes | triton_prefill_sizes(length)
         steps = dry_prefills(all_sizes, tokens, seqs, length)
         assert all(max(step) <= max(length, 257) and min(step) > 0 for step in steps)
         assert all(len(step) <= seqs for step in steps)

@@ -105,7 +105,8 @@ def scheduled(length: int, block_table: list[int], start: int | None = None) -> 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64])
 def test_the_decode_slot_is_that_of_the_last_token(length: int, layout: BatchLayout) -> None:
     table = [7, 2, 9, 4][: -(-length // BLOCK_SIZE)]
-    inputs, context = layout.decode([scheduled(length, table)], None)
+    inputs, key_lens = layout.decode([scheduled(length, table)])
+    context = inputs.context(BLOCK_SIZE, None, key_lens)
     slot = table[(length - 1) // BLOCK_SIZE] * BLOCK_SIZE + (length - 1) % BLOCK_SIZE
     assert context.slot_mapping.tolist() == [slot]
     assert inputs.context_lens.tolist() == [length]
@@ -114,7 +115,8 @@ def test_the_decode_slot_is_that_of_the_last_token(length: int, layout: BatchLay
 
 def test_a_decode_batch_has_one_token_a_sequence(layout: BatchLayout) -> None:
     items = [scheduled(16, [3]), scheduled(33, [5, 0, 8]), scheduled(17, [1, 6])]
-    inputs, context = layout.decode(items, None)
+    inputs, key_lens = layout.decode(items)
+    context = inputs.context(BLOCK_SIZE, None, key_lens)
     assert not context.is_prefill
     assert inputs.sources.tolist() == [-1 - 1015, -1 - 1032, -1 - 1016]
     assert context.slot_mapping.tolist() == [3 * 16 + 15, 8 * 16 + 0, 6 * 16 + 0]
@@ -137,7 +139,9 @@ def test_a_decode_is_fed_known_ids_or_those_that_the_step_before_sampled() -> No
 
 def test_a_prefill_without_cached_keys_needs_no_block_tables(layout: BatchLayout) -> None:
     items = [scheduled(18, [4, 1], start=0), scheduled(3, [0], start=0)]
-    input_ids, positions, context = layout.prefill(items)
+    input_ids, context = layout.prefill(items)
+    positions = context.positions
+    assert positions is not None
     assert context.is_prefill
     assert context.block_tables is None
     assert input_ids.tolist() == [*range(1000, 1018), 1000, 1001, 1002]
@@ -152,7 +156,9 @@ def test_a_prefill_without_cached_keys_needs_no_block_tables(layout: BatchLayout
 
 def test_a_prefill_with_cached_keys_counts_them_among_the_keys_alone(layout: BatchLayout) -> None:
     items = [scheduled(35, [4, 1, 7], start=16), scheduled(5, [2], start=0)]
-    input_ids, positions, context = layout.prefill(items)
+    input_ids, context = layout.prefill(items)
+    positions = context.positions
+    assert positions is not None
     assert input_ids.tolist() == [*range(1016, 1035), *range(1000, 1005)]
     assert positions.tolist() == [*range(16, 35), *range(5)]
     assert context.slot_mapping.tolist() == [*range(16, 32), 112, 113, 114, *range(32, 37)]
@@ -169,7 +175,9 @@ def test_a_prefill_with_cached_keys_counts_them_among_the_keys_alone(layout: Bat
 def test_a_chunk_that_ends_within_the_prompt_has_no_row_of_logits(layout: BatchLayout) -> None:
     chunk = ScheduledSequence(scheduled(40, [4, 1, 7]).seq, 8, 20, samples=False)
     last = scheduled(5, [2], start=0)
-    _, positions, context = layout.prefill([chunk, last])
+    _, context = layout.prefill([chunk, last])
+    positions = context.positions
+    assert positions is not None
     assert positions.tolist() == [*range(8, 20), *range(5)]
     assert context.slot_mapping.tolist() == [*range(72, 80), *range(16, 20), *range(32, 37)]
     assert context.key_lens == [20, 5]
@@ -366,7 +374,8 @@ def test_the_attention_layer_norms_rotates_stores_and_attends(
     """From a merged projection: as its parts one after the other, K/V stored before it attends."""
     directory = checkpoint(ModelSpec(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16))
     config = ModelConfig.from_dict(read_json(directory / "config.json"))
-    layer = Attention(config, BACKENDS["torch"])
+    rotary_emb = RotaryEmbedding(16, max_positions=32, theta=1e4)
+    layer = Attention(config, BACKENDS["torch"], rotary_emb)
     assert layer.scale == 0.25
     batch = PagedBatch([5, 3], [5, 19])
     k_cache, v_cache = batch.inputs.k_cache, batch.inputs.v_cache
@@ -379,10 +388,10 @@ def test_the_attention_layer_norms_rotates_stores_and_attends(
     layer.k_cache, layer.v_cache = k_cache.clone(), v_cache.clone()
     context = replace(batch.inputs.context, slot_mapping=int32(slots))
     positions = torch.tensor([0, 1, 2, 3, 4, 16, 17, 18])
-    cos_sin = RotaryEmbedding(16, max_positions=32, theta=1e4).cos_sin
+    context.positions, cos_sin = positions, rotary_emb.cos_sin
     qkv = torch.randn(8, 8 * 16)
     weights = (torch.rand(16) + 0.5, torch.rand(16) + 0.5) if norm else (None, None)
-    out = layer(qkv, weights, cos_sin, positions, context)
+    out = layer(qkv, weights, context)
 
     q, k, v = qkv.view(8, 8, 16).split([4, 2, 2], dim=1)
     if weights[0] is not None and weights[1] is not None:

@@ -53,39 +53,34 @@ class BatchLayout:
         """Row i of what the step being launched samples is item i's: the next may refer to it."""
         self._sampled_rows = {item.seq.seq_id: row for row, item in enumerate(sampling)}
 
-    def prefill(self, items: list[ScheduledSequence]) -> tuple[Tensor, Tensor, Context]:
-        """input_ids and positions, int64 [num_tokens], and the layout of a prefill step."""
+    def prefill(self, items: list[ScheduledSequence]) -> tuple[Tensor, Context]:
+        """input_ids, int64 [num_tokens], and the layout of a prefill step."""
         input_ids = [np.array(item.seq.token_ids[item.start : item.end]) for item in items]
         positions = [np.arange(item.start, item.end) for item in items]
         query_lens = [item.end - item.start for item in items]
         key_lens = [item.end for item in items]
         slots = np.concatenate([self._slots(item) for item in items])
         context = self._prefill_context(query_lens, key_lens, slots)
+        context.positions = self._tensor(np.concatenate(positions), torch.int64)
         if query_lens != key_lens:
             context.block_tables = self._block_tables(items)
         last_rows = [end - 1 for end in accumulate(query_lens)]
         rows = [row for row, item in zip(last_rows, items, strict=True) if item.samples]
         context.logit_rows = self._tensor(rows, torch.int64)
-        return (
-            self._tensor(np.concatenate(input_ids), torch.int64),
-            self._tensor(np.concatenate(positions), torch.int64),
-            context,
-        )
+        return self._tensor(np.concatenate(input_ids), torch.int64), context
 
-    def empty_prefill(self, lengths: list[int], from_cache: bool) -> tuple[Tensor, Tensor, Context]:
+    def empty_prefill(self, lengths: list[int], from_cache: bool) -> tuple[Tensor, Context]:
         """`prefill` of zeros that stores nothing; from_cache: it attends to the first block."""
         context = self._prefill_context(lengths, lengths, np.full(sum(lengths), -1))
         if from_cache:
             width = -(-max(lengths) // self.block_size)
             context.block_tables = self._tensor([[0] * width] * len(lengths), torch.int32)
-        zeros = self._tensor([0] * sum(lengths), torch.int64)
-        context.logit_rows = zeros[: len(lengths)]
-        return zeros, zeros, context
+        context.positions = self._tensor([0] * sum(lengths), torch.int64)
+        context.logit_rows = context.positions[: len(lengths)]
+        return context.positions, context
 
-    def decode(
-        self, items: list[ScheduledSequence], workspace: tuple[Tensor, ...] | None
-    ) -> tuple[StepTensors, Context]:
-        """The inputs of a decode step and their layout; workspace: Context.decode_workspace."""
+    def decode(self, items: list[ScheduledSequence]) -> tuple[StepTensors, list[int]]:
+        """The inputs of a decode step, and its context_lens on the host."""
         rows = self.decode_rows(items)
         inputs = StepTensors(
             sources=self._tensor([row.source for row in rows], torch.int32),
@@ -96,8 +91,7 @@ class BatchLayout:
             seeds=self._tensor([row.seed for row in rows], torch.int64),
             filters=self._filters(items),
         )
-        key_lens = [row.context_len for row in rows]
-        return inputs, inputs.context(self.block_size, workspace, key_lens)
+        return inputs, [row.context_len for row in rows]
 
     def decode_rows(self, items: list[ScheduledSequence]) -> list[DecodeRow]:
         """A decode step's inputs as host numbers, for DecodeGraphs.launch."""

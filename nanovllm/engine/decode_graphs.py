@@ -148,26 +148,20 @@ class DecodeGraphs:
     this one's are still being copied.
 
     Args:
-        step: computes a decode step from StepTensors and its Context, with a fixed sequence of
-            launches, and leaves the sampled ids where the next step's `sources` point to.
+        step: computes a decode step with a fixed sequence of launches, and leaves the sampled ids
+            where the next step's `sources` point to.
         max_num_seqs, max_blocks: the largest step.
-        block_size: token positions in a block.
         device: a CUDA device.
-        workspace: for Context.decode_workspace.
     """
 
     def __init__(
         self,
-        step: Callable[[StepTensors, Context], object],
+        step: Callable[[StepTensors], object],
         max_num_seqs: int,
         max_blocks: int,
-        block_size: int,
         device: torch.device,
-        workspace: tuple[Tensor, ...] | None,
     ) -> None:
         self.step = step
-        self.block_size = block_size
-        self.workspace = workspace
         self.sizes = graph_sizes(max_num_seqs)
         self.inputs = StepInputs(max_num_seqs, max_blocks, device)
         self.staging = [Staging(max_num_seqs, max_blocks) for _ in range(2)]
@@ -180,12 +174,11 @@ class DecodeGraphs:
         self.inputs.fields[1] = -1
         for size in sorted(sizes, reverse=True):
             tensors = self.inputs.tensors(size)
-            context = tensors.context(self.block_size, self.workspace, key_lens=[])
-            self.step(tensors, context)  # compiles and loads what cannot be while capturing
+            self.step(tensors)  # compiles and loads what cannot be while capturing
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self.pool):
-                self.step(tensors, context)
+                self.step(tensors)
             self.graphs[size] = graph
 
     def launch(self, rows: list[DecodeRow]) -> None:

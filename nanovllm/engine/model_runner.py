@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,15 @@ from nanovllm.engine.decode_graphs import DecodeGraphs, StepInputs, StepTensors
 from nanovllm.engine.outputs import HostOutputs, Launched
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
 from nanovllm.kernels import kernel_of
-from nanovllm.layers.attention import (
-    BACKENDS,
-    Attention,
-    select_backend,
-    triton_prefill_sizes,
-)
+from nanovllm.layers.attention import BACKENDS, Attention, select_backend
 from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.filters import Filters, kept_threshold
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.logprobs import token_logprobs
+from nanovllm.layers.products import first_sizes
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
-from nanovllm.utils.context import Context
 from nanovllm.utils.device import construction, resolve_device, resolve_dtype, to_device
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
@@ -53,19 +49,15 @@ class ModelRunner:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, model = config, config.model_config
         self.block_size = config.kvcache_block_size
         self.blocks_per_seq = -(-config.max_model_len // self.block_size)
         self.device = resolve_device(config.device)
-        self.dtype = resolve_dtype(config.dtype, config.model_config.dtype, self.device)
+        self.dtype = resolve_dtype(config.dtype, model.dtype, self.device)
         self.backend = select_backend(
-            config.attention_backend,
-            self.device,
-            self.dtype,
-            self.block_size,
-            config.model_config.head_dim,
+            config.attention_backend, self.device, self.dtype, self.block_size, model.head_dim
         )
-        self.layout = BatchLayout(self.block_size, config.model_config.vocab_size, self.device)
+        self.layout = BatchLayout(self.block_size, model.vocab_size, self.device)
         with self._device_guard():
             budget = CudaBudget(self.device) if self.device.type == "cuda" else None
             self.model = self._load_model()
@@ -82,15 +74,11 @@ class ModelRunner:
             if self._can_capture():
                 self.graphs = self._make_graphs()
                 self.graphs.capture(self.graphs.sizes)
+        gib = self.kv_cache.nbytes / 2**30
         logger.info(
-            "KV pool: %d blocks of %d tokens = %d tokens, %.2f GiB on %s (%s, attention: %s)",
-            self.num_blocks,
-            self.block_size,
-            self.num_blocks * self.block_size,
-            self.kv_cache.nbytes / 2**30,
-            self.device,
-            str(self.dtype).removeprefix("torch."),
-            self.backend,
+            f"KV pool: {self.num_blocks} blocks of {self.block_size} tokens = "
+            f"{self.num_blocks * self.block_size} tokens, {gib:.2f} GiB on {self.device} "
+            f"({str(self.dtype).removeprefix('torch.')}, attention: {self.backend})"
         )
 
     @property
@@ -112,7 +100,7 @@ class ModelRunner:
             elif self.graphs is not None:
                 self.graphs.launch(self.layout.decode_rows(batch.items))
             else:
-                self._decode_step(*self.layout.decode(batch.items, self.decode_workspace))
+                self._decode_step(*self.layout.decode(batch.items))
             self.layout.remember_sampled(sampling)
             return self._read_later(batch, sampling)
 
@@ -216,32 +204,25 @@ class ModelRunner:
         """Compile every kernel that a step of any size launches, so that no later step has to."""
         from nanovllm.kernels.launch import compiling_ahead
 
-        config = self.config
-        self._bind_kv_cache(1)
+        backend, max_model_len = BACKENDS[self.backend], self.config.max_model_len
         # Attention that loops over the sequences is no kernel of ours: there fewer sizes differ.
-        limit = config.max_num_seqs
-        if BACKENDS[self.backend].loops_on_host:
-            limit = min(limit, 64)
-        inputs = StepInputs(limit, self.blocks_per_seq, self.device)
+        num_seqs = min(self.config.max_num_seqs, 64 if backend.loops_on_host else 2**31)
+        inputs = StepInputs(num_seqs, self.blocks_per_seq, self.device)
+        self._bind_kv_cache(1)
         layers = self.model.model.layers
         # All launch the same, but for the last one (see Qwen3Model.forward).
         self.model.model.layers = nn.ModuleList([layers[0], layers[-1]])
         linears = [module for module in self.model.modules() if isinstance(module, Linear)]
-        sizes = {size for linear in linears for size in linear.products.first_sizes}
-        num_seqs = {1 << n for n in range(limit.bit_length())}  # each plan of decode attention's
+        sizes = set().union(*(first_sizes(linear.products) for linear in linears))
+        limits = self.config.max_num_batched_tokens, num_seqs, max_model_len
+        prefills = dry_prefills(sizes | backend.prefill_sizes(max_model_len), *limits)
+        # Each plan of decode attention is for four times as many sequences as the one before.
+        decodes = sizes | {1 << n for n in range(num_seqs.bit_length())} | {num_seqs}
         with compiling_ahead(self.device):
-            for lengths in dry_prefills(
-                sizes | triton_prefill_sizes(config.max_model_len),
-                config.max_num_batched_tokens,
-                limit,
-                config.max_model_len,
-            ):
-                for from_cache in (False, True):
-                    self._run_empty_prefill(lengths, from_cache)
-            for size in {min(size, limit) for size in sizes | num_seqs | {limit}}:
-                tensors = inputs.tensors(size)
-                context = tensors.context(self.block_size, self.decode_workspace, [1] * size)
-                self._decode_step(tensors, context)
+            for lengths, from_cache in product(prefills, (False, True)):
+                self._run_empty_prefill(lengths, from_cache)
+            for size in {min(size, num_seqs) for size in decodes}:
+                self._decode_step(inputs.tensors(size), [1] * size)
         self.model.model.layers = layers
 
     def _warm_up(self) -> None:
@@ -253,10 +234,10 @@ class ModelRunner:
 
     def _run_empty_prefill(self, lengths: list[int], from_cache: bool) -> None:
         """A prefill of zeros that stores nothing; from_cache: it attends to the first block."""
-        input_ids, positions, context = self.layout.empty_prefill(lengths, from_cache)
+        input_ids, context = self.layout.empty_prefill(lengths, from_cache)
         x = self.model.model.embed_tokens(input_ids)
-        logits = self.model(x, positions, context, out=self.logits[: len(lengths)])
-        zeros = positions[: len(lengths)]
+        logits = self.model(x, context, out=self.logits[: len(lengths)])
+        zeros = input_ids[: len(lengths)]
         halves = torch.full_like(zeros, 0.5, dtype=torch.float32)
         for filters in (None, Filters(torch.ones_like(zeros, dtype=torch.int32), halves, halves)):
             self._sample(logits, SamplingTensors(halves, zeros, zeros, filters))
@@ -273,14 +254,8 @@ class ModelRunner:
         )
 
     def _make_graphs(self) -> DecodeGraphs:
-        return DecodeGraphs(
-            self._decode_step,
-            self.config.max_num_seqs,
-            self.blocks_per_seq,
-            self.block_size,
-            self.device,
-            self.decode_workspace,
-        )
+        step = partial(self._decode_step, key_lens=[])
+        return DecodeGraphs(step, self.config.max_num_seqs, self.blocks_per_seq, self.device)
 
     def _capture_largest(self) -> DecodeGraphs:
         """The largest graph, to see what graphs take: smaller ones share its memory."""
@@ -288,16 +263,19 @@ class ModelRunner:
         graphs.capture(graphs.sizes[-1:])
         return graphs
 
-    def _decode_step(self, inputs: StepTensors, context: Context) -> None:
-        """From token ids, or references to them, to sampled token ids: what a graph captures."""
-        x, positions = self.embed(
-            inputs.sources, self.sampled, inputs.context_lens, self.model.model.embed_tokens.weight
-        )
-        logits = self.model(x, positions, context, out=self.logits[: len(x)])
-        self._sample(
-            logits,
-            SamplingTensors(inputs.temperatures, inputs.seeds, positions, inputs.filters),
-        )
+    def _decode_step(self, inputs: StepTensors, key_lens: list[int]) -> None:
+        """From token ids, or references to them, to sampled token ids: what a graph captures.
+
+        Args:
+            key_lens: inputs.context_lens on the host; empty in a graph, which has other ones.
+        """
+        context = inputs.context(self.block_size, self.decode_workspace, key_lens)
+        weight = self.model.model.embed_tokens.weight
+        x, positions = self.embed(inputs.sources, self.sampled, inputs.context_lens, weight)
+        context.positions = positions
+        logits = self.model(x, context, out=self.logits[: len(x)])
+        how = SamplingTensors(inputs.temperatures, inputs.seeds, positions, inputs.filters)
+        self._sample(logits, how)
 
     def _sample(self, logits: Tensor, sampling: SamplingTensors) -> None:
         """Fill `sampled` from the logits [num_sampled, vocab_size]."""
@@ -313,9 +291,9 @@ class ModelRunner:
     def _launch_prefill(
         self, items: list[ScheduledSequence], sampling: list[ScheduledSequence]
     ) -> None:
-        input_ids, positions, context = self.layout.prefill(items)
+        input_ids, context = self.layout.prefill(items)
         x = self.model.model.embed_tokens(input_ids)
-        logits = self.model(x, positions, context, out=self.logits[: len(sampling)])
+        logits = self.model(x, context, out=self.logits[: len(sampling)])
         self._sample(logits, self.layout.sampling(sampling))
 
     def _read_later(self, batch: Batch, sampling: list[ScheduledSequence]) -> Launched:

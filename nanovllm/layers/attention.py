@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nanovllm.config import FLASH_BLOCK_STEP
 from nanovllm.kernels import kernel_of
 from nanovllm.layers.layernorm import rms_norm
-from nanovllm.layers.rotary_embedding import apply_rotary
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.context import Context
 
@@ -200,28 +200,19 @@ def triton_prefill(inputs: AttentionInputs) -> Tensor:
     from nanovllm.kernels import hopper_attention
     from nanovllm.kernels.attention import paged_prefill
 
-    context, query, scale = inputs.context, inputs.query, inputs.scale
-    key, value, block_size = inputs.key, inputs.value, 0
-    if context.block_tables is not None:
-        key, value, block_size = inputs.k_cache, inputs.v_cache, context.block_size
+    query, key, value, k_cache, v_cache, scale, context = inputs
+    tables, block_size = context.block_tables, 0
+    if tables is not None:
+        key, value, block_size = k_cache, v_cache, context.block_size
     if hopper_attention.is_faster(query, context.query_lens, block_size):
-        return hopper_attention.hopper_prefill(
-            query, key, value, context.query_tiles, scale, context.block_tables
-        )
-    return paged_prefill(
-        query,
-        key,
-        value,
-        context.cu_seqlens_q,
-        context.cu_seqlens_k,
-        context.max_query_len,
-        scale,
-        context.block_tables,
-    )
+        tiles = context.query_tiles
+        return hopper_attention.hopper_prefill(query, key, value, tiles, scale, tables)
+    lengths = context.cu_seqlens_q, context.cu_seqlens_k, context.max_query_len
+    return paged_prefill(query, key, value, *lengths, scale, tables)
 
 
 def triton_prefill_sizes(max_model_len: int) -> set[int]:
-    """Tokens of steps that run all of triton_prefill's kernels, their prompts as long as may be."""
+    """For Backend.prefill_sizes."""
     from nanovllm.kernels.attention import LONG_QUERIES
     from nanovllm.kernels.hopper_attention import MIN_TOKENS
 
@@ -233,15 +224,9 @@ def triton_decode(inputs: AttentionInputs) -> Tensor:
     """Decode with the kernel of nanovllm.kernels.attention."""
     from nanovllm.kernels.attention import paged_decode
 
-    return paged_decode(
-        inputs.query,
-        inputs.k_cache,
-        inputs.v_cache,
-        inputs.context.block_tables,
-        inputs.context.context_lens,
-        inputs.scale,
-        workspace=inputs.context.decode_workspace,
-    )
+    query, _, _, k_cache, v_cache, scale, context = inputs
+    keys = k_cache, v_cache, context.block_tables, context.context_lens
+    return paged_decode(query, *keys, scale, workspace=context.decode_workspace)
 
 
 class Backend(NamedTuple):
@@ -250,6 +235,8 @@ class Backend(NamedTuple):
     What a pair from a package needs: CUDA, 16-bit elements, a head_dim in `head_dims`, a block_size
     that is a multiple of `block_step`, a GPU of `min_capability`. PyTorch's needs nothing.
     `loops_on_host`: a decode is no fixed sequence of launches, so that no CUDA graph can hold it.
+    `prefill_sizes`: for a max_model_len, the numbers of tokens of steps that run all of its
+    kernels, if their prompts are as long as may be.
     """
 
     prefill: Callable[[AttentionInputs], Tensor]
@@ -259,13 +246,20 @@ class Backend(NamedTuple):
     block_step: int = 1
     min_capability: tuple[int, int] = (0, 0)
     loops_on_host: bool = False
+    prefill_sizes: Callable[[int], set[int]] = lambda max_model_len: set()
 
 
 # The fastest first. Measured on an H100 with head_dim 128, against flash-attn 2.8.3: the Triton
 # kernels take 0.4 to 1.0 of its time in decode, and 0.65 to 1.02 in prefill; the one for Hopper
 # takes 0.7 to 1.0 of the time of Triton's where it is used.
 BACKENDS = {
-    "triton": Backend(triton_prefill, triton_decode, "triton", range(32, 257, 16)),
+    "triton": Backend(
+        triton_prefill,
+        triton_decode,
+        "triton",
+        head_dims=range(32, 257, 16),
+        prefill_sizes=triton_prefill_sizes,
+    ),
     "flash_attn": Backend(
         flash_prefill, flash_decode, "flash_attn", range(8, 257, 8), FLASH_BLOCK_STEP, (8, 0)
     ),
@@ -281,13 +275,12 @@ def select_backend(
     Raises:
         ValueError: the requested back end is not installed or cannot work with these arguments.
     """
-    for name, backend in BACKENDS.items():
-        reason = _why_not(backend, device, dtype, block_size, head_dim)
-        if reason is None and requested in ("auto", name):
-            return name
-        if requested == name:
-            raise ValueError(f"attention_backend={requested!r} cannot be used: {reason}")
-    raise AssertionError(f"no back end is called {requested!r}")
+    case = device, dtype, block_size, head_dim
+    if requested == "auto":
+        return next(name for name, backend in BACKENDS.items() if not _why_not(backend, *case))
+    if reason := _why_not(BACKENDS[requested], *case):
+        raise ValueError(f"attention_backend={requested!r} cannot be used: {reason}")
+    return requested
 
 
 def _why_not(
@@ -319,30 +312,23 @@ class Attention(nn.Module):
     before that they are empty, and nothing is stored (while memory is measured).
     """
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, rotary_emb: RotaryEmbedding) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.eps = config.rms_norm_eps
         self.scale = config.head_dim**-0.5
-        self.backend = backend
+        self.backend, self.rotary_emb = backend, rotary_emb
         self.k_cache = self.v_cache = torch.empty(0)
         self.qk_norm_rope_store = kernel_of(qk_norm_rope_store, "fused")
 
     def forward(
-        self,
-        qkv: Tensor,
-        norms: tuple[Tensor | None, Tensor | None],
-        cos_sin: Tensor,
-        positions: Tensor,
-        context: Context,
+        self, qkv: Tensor, norms: tuple[Tensor | None, Tensor | None], context: Context
     ) -> Tensor:
         """Norm and rotate q and k, store k and v, attend.
 
         Args:
             qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
             norms: weights [head_dim] of the norms of q and k, or None twice.
-            cos_sin: float32 [max_positions, head_dim], cos | sin.
-            positions: int64 [num_tokens].
 
         Returns:
             [num_tokens, num_heads * head_dim].
@@ -351,8 +337,8 @@ class Attention(nn.Module):
             qkv,
             *norms,
             self.eps,
-            cos_sin,
-            positions,
+            self.rotary_emb.cos_sin,
+            context.positions,
             self.k_cache,
             self.v_cache,
             context.slot_mapping,

@@ -10,32 +10,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.products import LinearInputs, product_table
 
 
 class Linear(nn.Module):
-    """act(norm(x) @ weight.T + bias), weight [output_size, input_size] in the default dtype.
+    """y = norm(x) @ weight.T + bias, weight [output_size, input_size] in the default dtype."""
 
-    Args:
-        act: what the product passes through; None: nothing.
-    """
-
+    is_gated: ClassVar[bool] = False
     is_head: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        bias: bool = False,
-        act: SiluAndMul | None = None,
-    ) -> None:
+    def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(output_size, input_size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
-        self.act = act
-        self.products = product_table(self.weight, act is not None, self.is_head)
+        self.products = product_table(self.weight, self.is_gated, self.is_head)
 
     def forward(
         self,
@@ -47,16 +36,17 @@ class Linear(nn.Module):
         """[num_tokens, input_size] -> [num_tokens, output_size].
 
         Args:
-            norm: what x goes through first.
             residual: [num_tokens, output_size], what the output is added to. It may be overwritten:
-                the result can be `residual` itself. Not with an activation.
-            out: where the output goes, contiguous. Only where nothing follows the product: no
-                bias, activation or residual.
+                the result can be `residual` itself. Not for a gated layer.
+            out: where the output goes, contiguous. Not with a bias or a residual, nor for a gated
+                layer.
+            norm: what x goes through first.
         """
-        assert residual is None or self.act is None
-        assert out is None or (residual is None and self.bias is None and self.act is None)
-        product = self.products[len(x)]
-        return product(LinearInputs(x, self.weight, self.bias, norm, self.act, residual, out))
+        assert not (self.is_gated and (residual is not None or out is not None))
+        assert out is None or (residual is None and self.bias is None)
+        num_tokens = len(x)
+        product = next(p for most, p in self.products.items() if num_tokens <= most)
+        return product(LinearInputs(x, self.weight, self.is_gated, self.bias, norm, residual, out))
 
 
 class MergedLinear(Linear):
@@ -67,14 +57,8 @@ class MergedLinear(Linear):
         output_sizes: size of each by the name that it has in the checkpoint, in order.
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        output_sizes: dict[str, int],
-        bias: bool = False,
-        act: SiluAndMul | None = None,
-    ) -> None:
-        super().__init__(input_size, sum(output_sizes.values()), bias, act)
+    def __init__(self, input_size: int, output_sizes: dict[str, int], bias: bool = False) -> None:
+        super().__init__(input_size, sum(output_sizes.values()), bias)
         self.output_sizes = output_sizes
 
     def shards(self) -> Iterator[tuple[str, Tensor]]:
@@ -93,6 +77,7 @@ class GatedLinear(MergedLinear):
         output_size: of each, and of their product.
     """
 
+    is_gated = True
+
     def __init__(self, input_size: int, output_size: int) -> None:
-        sizes = {"gate_proj": output_size, "up_proj": output_size}
-        super().__init__(input_size, sizes, act=SiluAndMul())
+        super().__init__(input_size, {"gate_proj": output_size, "up_proj": output_size})

@@ -5,8 +5,7 @@ many launches that makes. `product_table` is the one place that tells which of t
 """
 
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -15,23 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 
 
 class LinearInputs(NamedTuple):
-    """What a product is given: act(norm(x) @ weight.T + bias), or residual + that, is wanted.
+    """What a product is given: residual + (norm(x) @ weight.T + bias) is wanted.
 
-    x: [num_tokens, input_size]. weight: [num_rows, input_size]. bias: [num_rows]. norm, act: None:
-    there is none. residual: [num_tokens, num_rows], may be overwritten; not with act. out:
-    [num_tokens, num_rows], to be filled; only where nothing follows the matrix product.
+    x: [num_tokens, input_size]. weight: [num_rows, input_size]. is_gated: SiLU of the first half of
+    the product's columns, times the second half, is wanted. bias: [num_rows]. residual:
+    [num_tokens, num_rows], may be overwritten. out: [num_tokens, num_rows], to be filled; only
+    where nothing follows the matrix product. None: there is none of it.
     """
 
     x: Tensor
     weight: Tensor
+    is_gated: bool
     bias: Tensor | None
     norm: RMSNorm | None
-    act: SiluAndMul | None
     residual: Tensor | None
     out: Tensor | None
 
@@ -41,6 +41,13 @@ class LinearInputs(NamedTuple):
 
 
 Product = Callable[[LinearInputs], Tensor]
+# By the most tokens that each product is for, in order; the last is for any number.
+ProductTable = dict[float, Product]
+
+
+def first_sizes(products: ProductTable) -> set[int]:
+    """The fewest tokens that each entry of a table is for."""
+    return {1, *(int(most) + 1 for most in products if most < math.inf)}
 
 
 def plain(inputs: LinearInputs) -> Tensor:
@@ -50,7 +57,7 @@ def plain(inputs: LinearInputs) -> Tensor:
         return torch.mm(x, weight.T, out=inputs.out)
     if residual is None:
         y = F.linear(x, weight, bias)
-        return y if inputs.act is None else inputs.act(y)
+        return kernels.kernel_of(silu_and_mul, "fused", y.device)(y) if inputs.is_gated else y
     if bias is None and x.is_cuda:  # within the matrix product, and rounded once
         return residual.addmm_(x, weight.T)
     return residual.add_(F.linear(x, weight, bias))
@@ -60,17 +67,17 @@ def few_tokens(inputs: LinearInputs) -> Tensor:
     """One launch."""
     from nanovllm.kernels.gemv import matvec
 
-    x, weight, bias, norm, act, residual, out = inputs
+    x, weight, is_gated, bias, norm, residual, out = inputs
     norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    return matvec(x, weight, bias, norm_weight, eps, residual, gated=act is not None, out=out)
+    return matvec(x, weight, bias, norm_weight, eps, residual, is_gated, out)
 
 
 def small_batch(inputs: LinearInputs, counters: Tensor) -> Tensor:
     """The norm's launch and another; counters: from kernels.small_linear."""
     from nanovllm.kernels.small_linear import small_linear
 
-    _, weight, bias, _, act, residual, out = inputs
-    return small_linear(inputs.normed(), weight, bias, counters, residual, act is not None, out)
+    _, weight, is_gated, bias, _, residual, out = inputs
+    return small_linear(inputs.normed(), weight, bias, counters, residual, is_gated, out)
 
 
 def gated_prefill(inputs: LinearInputs) -> Tensor:
@@ -80,35 +87,20 @@ def gated_prefill(inputs: LinearInputs) -> Tensor:
     return gated_linear(inputs.normed(), inputs.weight)
 
 
-class ProductTable:
-    """The products of a layer by the most tokens that each is for; the last is for any number."""
-
-    def __init__(self, products: Mapping[float, Product]) -> None:
-        self.borders = sorted(products)
-        self.products = [products[border] for border in self.borders]
-        assert self.borders[-1] == math.inf
-
-    def __getitem__(self, num_tokens: int) -> Product:
-        return self.products[bisect_left(self.borders, num_tokens)]
-
-    @property
-    def first_sizes(self) -> list[int]:
-        """The fewest tokens that each entry is for."""
-        return [1, *(int(border) + 1 for border in self.borders[:-1])]
-
-
 def product_table(weight: Tensor, is_gated: bool = False, is_head: bool = False) -> ProductTable:
     """The products of a layer, by the GPU, shape and dtype of its weight [num_rows, input_size].
 
-    Measured on an H100 against cuBLAS. Of a kernel that is compiled differently for more tokens
-    each form has its entry: who runs `first_sizes` has compiled them all.
+    Measured on an H100 against cuBLAS.
 
     Args:
         is_gated: gate over up; SiLU(gate) * up follows the matrix product.
         is_head: the output head.
+
+    Returns:
+        Of a kernel that is compiled differently for more tokens, each form has its entry.
     """
     if not kernels.usable(weight.device):
-        return ProductTable({math.inf: plain})
+        return {math.inf: plain}
     from nanovllm.kernels.device import is_hopper
     from nanovllm.kernels.small_linear import TOKEN_BORDERS, small_linear_counters
 
@@ -118,15 +110,13 @@ def product_table(weight: Tensor, is_gated: bool = False, is_head: bool = False)
     # faster, in large layers from 2 on.
     most_few = 2 if min(num_rows, input_size) <= 2048 else 1
     most_small = _most_small(weight, is_gated, is_head) if was_measured else 0 if is_head else 64
-    table: dict[float, Product] = dict.fromkeys(range(1, most_few + 1), few_tokens)
+    table: ProductTable = dict.fromkeys(range(1, most_few + 1), few_tokens)
     small = partial(small_batch, counters=small_linear_counters(num_rows, weight.device))
     table |= {border: small for border in TOKEN_BORDERS if border <= most_small}
     # TMA, which loads tiles for gated_linear, wants rows that begin at multiples of 16 bytes.
     if is_gated and was_measured and num_rows % 16 == 0 and input_size % 8 == 0:
-        table |= {2047: plain, math.inf: gated_prefill}
-    else:
-        table[math.inf] = plain
-    return ProductTable(table)
+        return table | {2047: plain, math.inf: gated_prefill}
+    return table | {math.inf: plain}
 
 
 def _most_small(weight: Tensor, is_gated: bool, is_head: bool) -> int:

@@ -24,7 +24,7 @@ from nanovllm.utils.context import Context
 class Qwen3Attention(nn.Module):
     """Grouped-query attention; Qwen3 norms each head of q and k, Qwen2 has biases instead."""
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, rotary_emb: RotaryEmbedding) -> None:
         super().__init__()
         q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
         self.qkv_proj = MergedLinear(
@@ -33,11 +33,9 @@ class Qwen3Attention(nn.Module):
             bias=config.qkv_bias,
         )
         self.o_proj = Linear(q_size, config.hidden_size, bias=config.output_bias)
-        self.q_norm = self.k_norm = None
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.attn = Attention(config, backend)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.attn = Attention(config, backend, rotary_emb)
 
     @property
     def qk_norms(self) -> tuple[Tensor | None, Tensor | None]:
@@ -47,13 +45,7 @@ class Qwen3Attention(nn.Module):
         return self.q_norm.weight, self.k_norm.weight
 
     def forward(
-        self,
-        x: Tensor,
-        norm: RMSNorm,
-        cos_sin: Tensor,
-        positions: Tensor,
-        context: Context,
-        rows: Tensor | None = None,
+        self, x: Tensor, norm: RMSNorm, context: Context, rows: Tensor | None = None
     ) -> Tensor:
         """x [num_tokens, hidden_size], overwritten, -> x + attention of norm(x).
 
@@ -61,7 +53,7 @@ class Qwen3Attention(nn.Module):
             rows: int64, those of the result to compute, in a new tensor; None: all.
         """
         qkv = self.qkv_proj(x, norm=norm)
-        heads = self.attn(qkv, self.qk_norms, cos_sin, positions, context)
+        heads = self.attn(qkv, self.qk_norms, context)
         if rows is not None:
             heads, x = heads[rows], x[rows]
         return self.o_proj(heads, residual=x)
@@ -83,21 +75,14 @@ class Qwen3MLP(nn.Module):
 class Qwen3DecoderLayer(nn.Module):
     """Pre-norm block."""
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, rotary_emb: RotaryEmbedding) -> None:
         super().__init__()
-        self.self_attn = Qwen3Attention(config, backend)
+        self.self_attn = Qwen3Attention(config, backend, rotary_emb)
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos_sin: Tensor,
-        positions: Tensor,
-        context: Context,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
         """The stream x [num_tokens, hidden_size] through the block.
 
         x may be overwritten, and be the result: who wants to keep a layer's output, clones it.
@@ -105,7 +90,7 @@ class Qwen3DecoderLayer(nn.Module):
         Args:
             rows: int64, those of the result to compute; None: all. K and V of all are stored.
         """
-        x = self.self_attn(x, self.input_layernorm, cos_sin, positions, context, rows)
+        x = self.self_attn(x, self.input_layernorm, context, rows)
         return self.mlp(x, self.post_attention_layernorm)
 
 
@@ -117,11 +102,11 @@ class Qwen3Model(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.rotary_emb = RotaryEmbedding(config.head_dim, max_positions, config.rope_theta)
         self.layers = nn.ModuleList(
-            Qwen3DecoderLayer(config, backend) for _ in range(config.num_layers)
+            Qwen3DecoderLayer(config, backend, self.rotary_emb) for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """Embeddings [num_tokens, hidden_size], overwritten, through the layers, up to the norm.
 
         Of the positions that `context.logit_rows` names: the others end with the last layer's keys
@@ -129,8 +114,8 @@ class Qwen3Model(nn.Module):
         """
         *layers, last_layer = self.layers
         for layer in layers:
-            x = layer(x, self.rotary_emb.cos_sin, positions, context)
-        return last_layer(x, self.rotary_emb.cos_sin, positions, context, context.logit_rows)
+            x = layer(x, context)
+        return last_layer(x, context, context.logit_rows)
 
 
 class Qwen3ForCausalLM(nn.Module):
@@ -151,18 +136,15 @@ class Qwen3ForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.inference_mode()
-    def forward(
-        self, x: Tensor, positions: Tensor, context: Context, out: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, out: Tensor | None = None) -> Tensor:
         """Logits of the positions that `context.logit_rows` names.
 
         Args:
             x: [num_tokens, hidden_size], the embeddings (`model.embed_tokens`) of the tokens of all
                 sequences in a row; overwritten.
-            positions: int64 [num_tokens].
 
         Returns:
             [num_sampled, vocab_size] in the model's dtype: `out`, if given.
         """
-        x = self.model(x, positions, context)
+        x = self.model(x, context)
         return self.lm_head(x, norm=self.model.norm, out=out)

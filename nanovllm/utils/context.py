@@ -31,6 +31,7 @@ class Context:
         block_tables: int32 [num_seqs, max blocks], -1 padded. Decode, and a prefill in which some
             sequence attends to keys of earlier steps.
         block_size: token positions in a block.
+        positions: int64 [num_tokens], of each token in its sequence.
         logit_rows: int64 [num_sampled], the tokens to compute logits for; None = all.
         decode_workspace: scratch memory of the Triton decode kernel (kernels.attention).
     """
@@ -44,6 +45,7 @@ class Context:
     cu_seqlens_k: Tensor | None = None
     context_lens: Tensor | None = None
     block_tables: Tensor | None = None
+    positions: Tensor | None = None
     logit_rows: Tensor | None = None
     decode_workspace: "tuple[Tensor, ...] | None" = None
 
