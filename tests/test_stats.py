@@ -1,13 +1,14 @@
-"""LLM.stats: what the engine holds, and what it has done so far."""
+"""What an engine tells of its work: LLM.stats, what it holds and has done; LLM.observers."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ModelSpec, completions, greedy, random_prompts
+from conftest import ModelSpec, completions, greedy, is_idle, random_prompts
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduler import Batch
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu",
@@ -91,3 +92,46 @@ def test_a_token_computed_beyond_the_end_is_not_counted(
         num_tokens = [len(output["token_ids"]) for output in outputs]
         assert num_tokens[0] <= 5
         assert llm.stats()["num_generated_tokens"] == sum(num_tokens)
+
+
+# --- observers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True], ids=["plain", "overlapped"])
+def test_observers_are_told_of_every_step_in_order(
+    runs_ahead: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelRunner, "runs_ahead", runs_ahead)
+    seen: list[tuple[str, Batch | None]] = []
+    with LLM(str(tiny_model), device="cpu", max_model_len=64) as llm:
+        llm.observers.append(lambda event, batch: seen.append((event, batch)))
+        outputs = completions(llm, [[1, 2, 3]], max_tokens=3)
+        observed = len(seen)
+        llm.observers.clear()
+        assert completions(llm, [[1, 2, 3]], max_tokens=3) == outputs
+    assert len(seen) == observed
+    events = [event for event, _ in seen]
+    step = ["begin", "scheduled", "launched", "read", "processed"]
+    assert events == (step[:3] + 3 * step if runs_ahead else 3 * step)
+    batches = {name: [batch for event, batch in seen if event == name] for name in step}
+    assert batches["begin"] == [None] * len(batches["begin"])
+    launched = [batch for batch in batches["launched"] if batch is not None]
+    assert [batch.is_prefill for batch in launched] == [True, False, False]
+    assert batches["scheduled"] == batches["launched"]
+    assert batches["read"] == batches["processed"] == launched
+
+
+def test_an_observer_that_raises_ends_the_call_and_does_no_harm(tiny_model: Path) -> None:
+    def refuse(event: str, _: Batch | None) -> None:
+        if event == failing:
+            raise KeyError(event)
+
+    with LLM(str(tiny_model), device="cpu", max_model_len=64) as llm:
+        expected = completions(llm, [[1, 2, 3]], max_tokens=3)
+        llm.observers.append(refuse)
+        for failing in ("begin", "scheduled", "launched", "read", "processed"):
+            with pytest.raises(KeyError, match=failing):
+                completions(llm, [[1, 2, 3]], max_tokens=3)
+            assert is_idle(llm)
+        failing = ""
+        assert completions(llm, [[1, 2, 3]], max_tokens=3) == expected

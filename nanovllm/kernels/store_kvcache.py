@@ -1,7 +1,8 @@
 """Store a step's K and V in the paged cache. Twin: nanovllm.layers.attention.store_kvcache.
 
-The plain form of the store. The model's steps have it fused with what comes before it: see
-qk_norm_rope_store in nanovllm.kernels.fused.
+The store by itself: the kernel to read first, and the one for a layer whose keys come ready to be
+stored. No step of the models here launches it, since wherever Triton is, norm, rotation and store
+are one launch (qk_norm_rope_store in nanovllm.kernels.fused), whichever back end attends.
 """
 
 import torch
