@@ -34,6 +34,7 @@ from nanovllm.engine import (
     results,
     scheduler,
     sequence,
+    turns,
 )
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
@@ -433,10 +434,10 @@ def test_generate_may_follow_a_step_that_broke_off(
 FILES = [
     str(module.__file__)
     for module in (
-        llm_engine, scheduler, block_manager, sequence, model_runner, contextlib, batch_layout
+        llm_engine, scheduler, block_manager, sequence, turns, model_runner, batch_layout
     )
 ]  # fmt: skip
-BOOKKEEPING = (*FILES[:4], FILES[5])
+BOOKKEEPING = FILES[:5]
 LOOK_FOR_SIGNALS = ("RESUME", "CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD")
 
 
@@ -445,18 +446,13 @@ def interrupt_at(k: int, *files: str) -> Iterator[Counter[str]]:
     """Raise KeyboardInterrupt at the k-th place (none if k is 0) in `files` where Ctrl-C may.
 
     Python looks for signals when a function begins, after a call and before a loop's next round.
-    Places in `step` itself are left out: what it is about to give is lost with it. Those in
-    contextlib count where the engine calls it.
+    Places in `step` itself are left out: what it is about to give is lost with it.
     """
     seen: Counter[str] = Counter()
 
     def on_call(frame: FrameType, event: str, arg: object) -> Any:
-        code, caller = frame.f_code, frame.f_back
+        code = frame.f_code
         if code.co_filename not in files or code.co_name == "step":
-            return None
-        if code.co_filename == contextlib.__file__ and (
-            caller is None or caller.f_code.co_filename not in FILES[:4]
-        ):
             return None
         names = [opname[byte] for byte in code.co_code]
         last = -1

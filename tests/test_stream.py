@@ -252,11 +252,9 @@ def test_a_stream_that_was_dropped_within_a_step_is_aborted_though_ctrl_c_comes_
 ) -> None:
     pieces = trained_llm.stream([5], GREEDY)
     next(pieces)
-    with trained_llm._changing():
-        del pieces
-    interrupt = mock.patch.object(LLM, "_abort", side_effect=KeyboardInterrupt)
+    interrupt = mock.patch.object(Scheduler, "abort", side_effect=KeyboardInterrupt)
     with interrupt, pytest.raises(KeyboardInterrupt):
-        trained_llm.step()
+        trained_llm._turns.take(pieces.close)
     assert trained_llm.step() == ([], 0)
     assert is_idle(trained_llm)
 

@@ -1,11 +1,12 @@
 """LLMEngine: the request queue and the loop schedule -> run -> postprocess -> decode."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -23,10 +24,11 @@ from nanovllm.engine.inputs import (
 )
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.outputs import Launched
-from nanovllm.engine.results import StreamedSequence, result
+from nanovllm.engine.results import Stream, result
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import find_hidden_ids, find_stop_ids, load_tokenizer
+from nanovllm.engine.turns import Turns, never
 from nanovllm.sampling_params import SamplingParams
 
 # Told of a step with what has just happened to it: see LLMEngine.
@@ -34,7 +36,12 @@ Observer = Callable[[str, Batch | None], object]
 
 
 class LLMEngine:
-    """Generates text for many requests at a time. Use it from one thread at a time.
+    """Generates text for many requests at a time, for any number of threads.
+
+    The requests of all threads share the steps: whoever has the turn (see Turns) steps for all.
+    From a signal handler or a finaliser that interrupts its own thread's step, what only changes
+    the queue (add_request, abort_request, closing a stream, exit) is noted and done when the step
+    ends; what would itself have to step raises RuntimeError.
 
     Functions in the list `observers` are called as the steps go on: with "begin" and None, with
     "scheduled" and "launched" and the new step, or None if there is nothing to compute, and with
@@ -72,9 +79,9 @@ class LLMEngine:
         self._requests: dict[int, Sequence] = {}  # under way
         self._finished: list[Sequence] = []  # not reported yet
         self._in_flight: Launched | None = None  # a step whose ids have not been read
-        self._is_consistent = True  # False while the queues and blocks are being changed
-        self._is_changing = False  # likewise, but true no more once the change has broken off
-        self._dropped: set[int] = set()  # requests of streams that were dropped within a change
+        self._turns = Turns(self._recover, self._count)
+        self._count()
+        self._pid = os.getpid()
 
     def __enter__(self) -> "LLMEngine":
         return self
@@ -82,12 +89,18 @@ class LLMEngine:
     def __exit__(self, *_: object) -> None:
         self.exit()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an engine cannot be pickled or copied: make one where it is needed")
+
     def exit(self) -> None:
         """Drop all requests and give the memory back. The engine cannot be used afterwards."""
-        self._requests.clear()
-        self._finished.clear()
-        self._in_flight = None
-        self._is_consistent = True
+        if self._pid != os.getpid():  # the memory is the parent's
+            self.model_runner = None
+        if self.model_runner is not None:
+            self._turns.note(self._shut_down)
+
+    def _shut_down(self) -> None:
+        self._requests, self._finished, self._in_flight = {}, [], None
         if self.model_runner is not None:
             self.model_runner.free()
             self.model_runner = None
@@ -101,7 +114,11 @@ class LLMEngine:
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         seq = self._make_sequence(prompt, params)
-        self._enqueue(seq)
+        try:
+            self._enqueue([seq])
+        except BaseException:
+            self._abort({seq.seq_id})
+            raise
         return seq.seq_id
 
     def abort_request(self, seq_id: int) -> None:
@@ -129,9 +146,20 @@ class LLMEngine:
             none was: there was nothing to do, or, where steps overlap, the first is only under way.
             Loop on `is_finished`, not on this.
         """
-        num_tokens = self._step()
-        outputs = [(seq.seq_id, seq.completion_token_ids) for seq in self._finished]
-        self._finished = []  # only now, so that an interruption loses no result
+        finished: list[Sequence] = []
+        num_tokens = 0
+
+        def step() -> None:
+            nonlocal finished, num_tokens
+            num_tokens = self._step()
+            finished, self._finished = self._finished, []
+
+        try:
+            self._take_turn(step)
+            outputs = [(seq.seq_id, seq.completion_token_ids) for seq in finished]
+        except BaseException:
+            self._finished = finished + self._finished  # so that an interruption loses no result
+            raise
         return outputs, num_tokens
 
     def generate(
@@ -163,10 +191,10 @@ class LLMEngine:
                 queued.
             RuntimeError: the engine was shut down.
         """
+        self._refuse_nested_steps()
         seqs = self._make_sequences(prompts, sampling_params)
         try:
-            for seq in seqs:
-                self._enqueue(seq)
+            self._enqueue(seqs)
             self._run_until_finished(seqs, use_tqdm)
         except BaseException:
             self._abort({seq.seq_id for seq in seqs})
@@ -197,7 +225,7 @@ class LLMEngine:
                 `generate` refuses; nothing is queued.
             RuntimeError: the engine was shut down.
         """
-        self._runner()
+        self._refuse_nested_steps()
         prompts = as_chat_prompts(messages, self.config, self.tokenizer, template_options)
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -205,7 +233,7 @@ class LLMEngine:
         self,
         prompts: Prompt | ListLike[Prompt],
         sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Stream:
         """Complete prompts, giving the tokens as they come.
 
         Nothing is queued before the first result is asked for. When the iterator is closed, dropped
@@ -225,7 +253,7 @@ class LLMEngine:
         Raises:
             TypeError, ValueError, RuntimeError: at the call, what `generate` raises.
         """
-        return self._stream(self._make_sequences(prompts, sampling_params, is_streamed=True))
+        return Stream(self, self._make_sequences(prompts, sampling_params, is_streamed=True))
 
     def stats(self) -> dict[str, int | float]:
         """What the engine holds now, and counts since it was made.
@@ -234,14 +262,18 @@ class LLMEngine:
             "num_waiting" and "num_running" requests, "num_free_blocks" and "num_used_blocks" of the
             KV pool; and so far: "num_prompt_tokens" whose prefill began, "prefix_hit_rate" (the
             share of them found in the prefix cache, 0 to 1), "num_generated_tokens",
-            "num_preemptions".
+            "num_preemptions". From within a step: as of the step before.
 
         Raises:
             RuntimeError: the engine was shut down.
         """
         self._runner()
+        return dict(self._stats)
+
+    def _count(self) -> None:
+        """After each change: what `stats` gives, in the middle of the next one too."""
         scheduler = self.scheduler
-        return {
+        self._stats = {
             "num_waiting": len(scheduler.waiting),
             "num_running": len(scheduler.running),
             "num_free_blocks": scheduler.block_manager.num_free_blocks,
@@ -253,72 +285,91 @@ class LLMEngine:
         }
 
     def _run_until_finished(self, seqs: list[Sequence], use_tqdm: bool) -> None:
-        """Step until all of `seqs` are finished; what else finishes is left to be reported."""
+        """Step, or have another thread step, until all of `seqs` have ended."""
         own = {seq.seq_id for seq in seqs}
         speeds = {"Prefill": "-", "Decode": "-"}
         with tqdm(total=len(seqs), desc="Generating", disable=not use_tqdm) as progress:
+
+            def show(num_tokens: int, seconds: float) -> None:
+                if use_tqdm and num_tokens:
+                    kind = "Prefill" if num_tokens > 0 else "Decode"
+                    speeds[kind] = f"{abs(num_tokens) / seconds:.0f}tok/s"
+                    progress.set_postfix(speeds, refresh=False)
+
             while own:
+                self._step_until(partial(self._has_ended_one_of, own), show)
+                left = own & self._requests.keys()
+                progress.update(len(own) - len(left))
+                own = left
+
+    def _has_ended_one_of(self, seq_ids: set[int]) -> bool:
+        return len(seq_ids & self._requests.keys()) < len(seq_ids)
+
+    def _step_until(
+        self,
+        has_news: Callable[[], bool],
+        show: Callable[[int, float], None] = lambda num_tokens, seconds: None,
+    ) -> None:
+        """Step until there is news for the caller, unless another thread's steps bring it.
+
+        Args:
+            has_news: true once the caller has something to do.
+            show: told of each step that this thread makes, its tokens as `step` gives them and
+                its seconds.
+        """
+
+        def steps() -> None:
+            while not has_news():
                 started = perf_counter()
                 num_tokens = self._step()
-                if use_tqdm and num_tokens:
-                    speed = abs(num_tokens) / (perf_counter() - started)
-                    speeds["Prefill" if num_tokens > 0 else "Decode"] = f"{speed:.0f}tok/s"
-                    progress.set_postfix(speeds, refresh=False)
-                if self._finished:
-                    done = own.intersection(seq.seq_id for seq in self._finished)
-                    self._finished = [seq for seq in self._finished if seq.seq_id not in done]
-                    own -= done
-                    progress.update(len(done))
+                show(num_tokens, perf_counter() - started)
 
-    def _stream(self, seqs: list[Sequence]) -> Iterator[dict[str, Any]]:
-        """Queue sequences, step until they are finished, and give what is new after each step."""
-        try:
-            for seq in seqs:
-                self._enqueue(seq)
-            streams = [StreamedSequence(index, seq) for index, seq in enumerate(seqs)]
-            while streams:
-                for stream in streams:
-                    if stream.has_news:
-                        yield stream.take_news()
-                # While the caller held a result, any of them may have come to its end.
-                streams = [stream for stream in streams if not stream.is_told_the_end]
-                if streams:
-                    self._step()
-                streams = [s for s in streams if s.has_news or s.seq.seq_id in self._requests]
-        finally:
-            self._drop({seq.seq_id for seq in seqs})
+        self._take_turn(steps, has_news)
+        self._runner()
 
-    def _drop(self, seq_ids: set[int]) -> None:
-        """Abort requests now, or if that cannot be, with the next step.
+    def _take_turn(self, work: Callable[[], None], has_news: Callable[[], bool] = never) -> None:
+        """Do some work in this thread's turn, unless there is news before."""
+        self._refuse_nested_steps()
+        self._turns.take(work, has_news)
 
-        The garbage collector may close a forgotten stream in the middle of a step.
-        """
-        if self._is_changing:
-            self._dropped |= seq_ids
-        else:
-            self._abort(seq_ids)
+    def _refuse_nested_steps(self) -> None:
+        """Raise RuntimeError if this thread has interrupted a step of its own."""
+        self._runner()
+        if self._turns.is_inside():
+            raise RuntimeError(
+                "a signal handler or finaliser that interrupts a step of its own thread can add "
+                "and abort requests, close streams and shut the engine down, but not step itself"
+            )
+
+    def _is_under_way(self, seq: Sequence) -> bool:
+        return seq.seq_id in self._requests
 
     def _step(self) -> int:
         """One turn of the loop; gives its tokens as `step` does, and adds to `_finished`."""
+        return self._turns.change(self._advance)
+
+    def _advance(self) -> int:
         runner = self._runner()
-        if dropped := set(self._dropped):
-            self._abort(dropped)
-            self._dropped -= dropped  # only now, so that an interruption forgets none
-        if not self._is_consistent:
-            self._recover()
-        with self._changing():
-            step = self._launch_ahead(runner) if runner.runs_ahead else self._launch(runner)
-            if step is None:
-                return 0
-            token_ids, logprobs = step.token_ids(), step.logprobs()
-            self._tell("read", step.batch)
-            finished = self.scheduler.postprocess(step.batch, token_ids, logprobs)
-            self._tell("processed", step.batch)
-            self._finished.extend(seq for seq in finished if not seq.is_streamed)
-            for seq in finished:
-                del self._requests[seq.seq_id]
-            self._drop_idle_step()
+        step = self._launch_ahead(runner) if runner.runs_ahead else self._launch(runner)
+        if step is None:
+            return 0
+        token_ids, logprobs = step.token_ids(), step.logprobs()
+        self._tell("read", step.batch)
+        finished = self.scheduler.postprocess(step.batch, token_ids, logprobs)
+        self._tell("processed", step.batch)
+        for item in step.batch.items:
+            if item.seq.is_streamed:
+                item.seq.publish()
+        self._finished.extend(seq for seq in finished if not seq.is_awaited)
+        for seq in finished:
+            del self._requests[seq.seq_id]
+        self._drop_idle_step()
         return step.batch.num_tokens if step.batch.is_prefill else -step.batch.num_tokens
+
+    def _drop_idle_step(self) -> None:
+        """Forget a step in flight if all that it computes is for requests that have ended."""
+        if not self._requests:
+            self._in_flight = None
 
     def _launch(self, runner: ModelRunner, in_flight: bool = False) -> Launched | None:
         """Launch the next step."""
@@ -339,51 +390,45 @@ class LLMEngine:
         for observer in self.observers:
             observer(event, batch)
 
-    def _abort(self, seq_ids: set[int]) -> None:
-        """Forget requests, whatever state they are in."""
-        was_consistent = self._is_consistent
-        with self._changing():
+    def _enqueue(self, seqs: list[Sequence]) -> None:
+        def enqueue() -> None:
+            for seq in seqs:
+                if seq.seq_id not in self._requests:
+                    self._requests[seq.seq_id] = seq
+                    self.scheduler.add(seq)
+
+        self._turns.note(enqueue)
+
+    def _abort(self, seq_ids: set[int], waits: bool = True) -> None:
+        """Forget requests, whatever state they are in; waits: see Turns.note."""
+
+        def abort() -> None:
             seqs = [self._requests[seq_id] for seq_id in seq_ids if seq_id in self._requests]
-            self._requests = {i: seq for i, seq in self._requests.items() if i not in seq_ids}
             self._finished = [seq for seq in self._finished if seq.seq_id not in seq_ids]
-            for seq in seqs if was_consistent else ():
+            self._requests = {i: seq for i, seq in self._requests.items() if i not in seq_ids}
+            for seq in seqs:
                 self.scheduler.abort(seq)
             self._drop_idle_step()
-        if not was_consistent:
-            self._recover()
 
-    def _drop_idle_step(self) -> None:
-        """Forget a step in flight if all that it computes is for requests that have ended."""
-        if not self._requests:
-            self._in_flight = None
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Around every change of queues and blocks: an exception within makes `_recover` due.
-
-        Where it was due already, it stays so.
-        """
-        was_consistent, self._is_consistent = self._is_consistent, False
-        self._is_changing = True
-        try:
-            yield
-            self._is_consistent = was_consistent
-        finally:
-            self._is_changing = False
+        self._turns.note(abort, waits)
 
     def _recover(self) -> None:
         """After a change that broke off halfway: start anew from the requests and their tokens."""
-        with self._changing():
-            self._in_flight = None
-            self._runner().synchronize()
-            reported = {seq.seq_id for seq in self._finished}
-            seqs = [seq for seq_id, seq in self._requests.items() if seq_id not in reported]
-            ended = self.scheduler.start_over(seqs)
-            self._finished.extend(seq for seq in ended if not seq.is_streamed)
-            self._requests = {seq.seq_id: seq for seq in seqs if seq.finish_reason is None}
-        self._is_consistent = True
+        if self.model_runner is None:
+            return
+        self._in_flight = None
+        self.model_runner.synchronize()
+        reported = {seq.seq_id for seq in self._finished}
+        seqs = [seq for seq_id, seq in self._requests.items() if seq_id not in reported]
+        ended = self.scheduler.start_over(seqs)
+        for seq in seqs:
+            seq.publish()
+        self._finished.extend(seq for seq in ended if not seq.is_awaited)
+        self._requests = {seq.seq_id: seq for seq in seqs if seq.finish_reason is None}
 
     def _runner(self) -> ModelRunner:
+        if self._pid != os.getpid():
+            raise RuntimeError("this engine belongs to the process that forked: make a new one")
         if self.model_runner is None:
             raise RuntimeError("this engine was shut down by exit(); make a new one")
         return self.model_runner
@@ -394,12 +439,15 @@ class LLMEngine:
         sampling_params: SamplingParams | ListLike[SamplingParams] | None,
         is_streamed: bool = False,
     ) -> list[Sequence]:
-        """Check prompts and their parameters, and make the requests. Nothing is queued."""
+        """Check prompts and their parameters, and make the requests of a call that awaits them."""
         self._runner()
         prompts = as_prompt_list(prompts)
         params = as_params_list(sampling_params, len(prompts))
         pairs = zip(prompts, params, strict=True)
-        return [self._make_sequence(*pair, is_streamed) for pair in pairs]
+        seqs = [self._make_sequence(*pair, is_streamed) for pair in pairs]
+        for seq in seqs:
+            seq.is_awaited = True
+        return seqs
 
     def _make_sequence(
         self, prompt: Prompt, params: SamplingParams, is_streamed: bool = False
@@ -407,7 +455,9 @@ class LLMEngine:
         runner = self._runner()
         check_params(params, self.config, self.tokenizer)
         token_ids = as_prompt_ids(prompt, self.config, self.tokenizer)
-        seed = runner.new_seed() if params.seed is None else params.seed
+        seed = params.seed
+        if seed is None:
+            seed = runner.new_seed() if params.temperature else 0  # greedy requests draw nothing
         seq = Sequence(token_ids, params, self.config.max_model_len, seed)
         seq.is_streamed = is_streamed
         if params.stop or (is_streamed and self.tokenizer is not None):
@@ -415,8 +465,3 @@ class LLMEngine:
                 self.tokenizer, params, seq.num_prompt_tokens, self._hidden_ids
             )
         return seq
-
-    def _enqueue(self, seq: Sequence) -> None:
-        with self._changing():
-            self._requests[seq.seq_id] = seq
-            self.scheduler.add(seq)

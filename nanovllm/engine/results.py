@@ -1,8 +1,11 @@
 """What callers are given of a request: its result, or, in a stream, the pieces of it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import News, Sequence
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine
 
 
 def result(seq: Sequence, tokenizer: Any | None) -> dict[str, Any]:
@@ -42,36 +45,100 @@ class StreamedSequence:
     def __init__(self, index: int, seq: Sequence) -> None:
         self.index = index
         self.seq = seq
-        self._num_tokens = 0  # of the completion, given so far
-        self._num_chars = 0
-        self.is_told_the_end = False  # the caller knows the finish_reason
+        self._given = News()
+
+    @property
+    def is_told_the_end(self) -> bool:
+        """True once the caller knows the finish_reason."""
+        return self._given.finish_reason is not None
 
     @property
     def has_news(self) -> bool:
         """True while there is something that the caller has not been given."""
-        return self.seq.num_known_completion_tokens > self._num_tokens or (
-            self.seq.finish_reason is not None and not self.is_told_the_end
+        news = self.seq.news
+        return news.num_tokens > self._given.num_tokens or (
+            news.finish_reason is not None and not self.is_told_the_end
         )
 
     def take_news(self) -> dict[str, Any]:
         """The new tokens, text and log-probabilities, and how the request ended if it has."""
-        seq, first, end = self.seq, self._num_tokens, self.seq.num_known_completion_tokens
-        news: dict[str, Any] = {
+        seq, news, given = self.seq, self.seq.news, self._given
+        new, start = slice(given.num_tokens, news.num_tokens), seq.num_prompt_tokens
+        detokenizer = seq.detokenizer
+        piece: dict[str, Any] = {
             "index": self.index,
-            "text": self._take_text(),
-            "token_ids": seq.token_ids[seq.num_prompt_tokens + first :],
-            "finish_reason": seq.finish_reason,
-            "stop_reason": seq.stop_reason,
+            "text": detokenizer.text[given.num_chars : news.num_chars] if detokenizer else "",
+            "token_ids": seq.token_ids[start + new.start : start + new.stop],
+            "finish_reason": news.finish_reason,
+            "stop_reason": news.stop_reason,
         }
         if seq.logprobs is not None:
-            news["logprobs"] = seq.logprobs[first:end]
-        self._num_tokens, self.is_told_the_end = end, seq.finish_reason is not None
-        return news
+            piece["logprobs"] = seq.logprobs[new]
+        self._given = news
+        return piece
 
-    def _take_text(self) -> str:
-        detokenizer = self.seq.detokenizer
-        if detokenizer is None:
-            return ""
-        text = detokenizer.text[self._num_chars : detokenizer.num_settled]
-        self._num_chars += len(text)
-        return text
+
+class Stream:
+    """An iterator over the pieces of some requests, as their tokens come.
+
+    Nothing is queued before the first piece is asked for. Its requests are aborted when it is
+    closed, dropped or left by an exception.
+    """
+
+    def __init__(self, engine: "LLMEngine", seqs: list[Sequence]) -> None:
+        self._engine = engine
+        self._seqs = seqs
+        self._is_queued = self._is_closed = False
+        self._left = [StreamedSequence(index, seq) for index, seq in enumerate(seqs)]
+        self._round = iter(self._left)
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """What is new of one request.
+
+        Raises:
+            RuntimeError: the engine was shut down, or this thread has interrupted a step of its
+                own.
+        """
+        if self._is_closed:
+            raise StopIteration
+        self._engine._refuse_nested_steps()
+        try:
+            piece = self._next_piece()
+        except BaseException:
+            self.close()
+            raise
+        if piece is None:
+            self._is_closed = True
+            raise StopIteration
+        return piece
+
+    def _next_piece(self) -> dict[str, Any] | None:
+        if not self._is_queued:
+            self._is_queued = True
+            self._engine._enqueue(self._seqs)
+        while self._left:
+            for stream in self._round:
+                if stream.has_news:
+                    return stream.take_news()
+            # While the caller held a piece, any of them may have come to its end.
+            self._left = [stream for stream in self._left if not stream.is_told_the_end]
+            if self._left:
+                self._engine._step_until(self._has_news)
+            self._left = [s for s in self._left if s.has_news or self._engine._is_under_way(s.seq)]
+            self._round = iter(self._left)
+        return None
+
+    def _has_news(self) -> bool:
+        return any(s.has_news or not self._engine._is_under_way(s.seq) for s in self._left)
+
+    def close(self) -> None:
+        """Abort what has not ended. Within a step of this thread: when the step ends."""
+        if self._is_queued and not self._is_closed:
+            self._engine._abort({seq.seq_id for seq in self._seqs}, waits=False)
+        self._is_closed = True
+
+    def __del__(self) -> None:
+        self.close()

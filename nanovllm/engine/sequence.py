@@ -2,6 +2,7 @@
 
 from enum import Enum, auto
 from itertools import count
+from typing import NamedTuple
 
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.sampling_params import SamplingParams
@@ -13,6 +14,19 @@ class SequenceStatus(Enum):
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
+
+
+class News(NamedTuple):
+    """How much of a completion may be given out: what the last finished step left.
+
+    Another thread may read it at any time, and so much of the tokens, log-probabilities and text,
+    since these only grow.
+    """
+
+    num_tokens: int = 0
+    num_chars: int = 0
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
 
 
 class Sequence:
@@ -55,7 +69,9 @@ class Sequence:
         self.stop_reason: str | int | None = None  # the stop text or id of `params` that ended it
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         self.detokenizer: Detokenizer | None = None  # only where text is needed as tokens come
-        self.is_streamed = False  # its tokens are given out one by one, not by `step`
+        self.is_awaited = False  # `generate` or a stream gives it out, not `step`
+        self.is_streamed = False  # its tokens are given out one by one
+        self.news = News()  # of a streamed one
 
     def __len__(self) -> int:
         """Number of tokens, known and unread."""
@@ -100,3 +116,9 @@ class Sequence:
             # Before the id: if Ctrl-C comes between the two, Scheduler.start_over drops the excess.
             self.logprobs.append(logprobs)
         self.token_ids.append(token_id)
+
+    def publish(self) -> None:
+        """Let a stream give out what is known now."""
+        num_chars = 0 if self.detokenizer is None else self.detokenizer.num_settled
+        num_tokens = self.num_known_completion_tokens
+        self.news = News(num_tokens, num_chars, self.finish_reason, self.stop_reason)
