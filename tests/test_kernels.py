@@ -45,7 +45,6 @@ from nanovllm.layers.products import (
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.sampler import sample
 from nanovllm.utils.context import cut_queries
-from nanovllm.utils.device import construction
 
 pytest.importorskip("triton")
 
@@ -867,8 +866,8 @@ def test_small_linear_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPa
     assert max_tokens(24576, 4096, gated=True) == max_tokens(12288, 2048, gated=True) == 128
     assert max_tokens(34816, 5120, gated=True) == 64  # too many programs
     assert max_tokens(151_936, 1024) == 64
-    with construction(torch.device("cpu"), torch.bfloat16):
-        layers = Linear(1024, 512), Linear(2048, 2048), GatedLinear(2048, 2048), LMHead(900, 64)
+    shapes = {Linear: [(1024, 512), (2048, 2048)], GatedLinear: [(2048, 2048)], LMHead: [(900, 64)]}
+    layers = [kind(*shape, dtype=torch.bfloat16) for kind in shapes for shape in shapes[kind]]
     assert [most_tokens(layer.products, small_batch) for layer in layers] == [256, 64, 128, 64]
     monkeypatch.setattr(device, "is_hopper", lambda _: False)
     assert max_tokens(4096, 1024) == 64

@@ -601,7 +601,7 @@ def test_torchs_defaults_are_as_before_when_loading_fails(text_model: Path, tmp_
 def test_torchs_defaults_are_as_before_when_the_model_cannot_be_made(
     text_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def out_of_memory(*_: object) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(Qwen3ForCausalLM, "__init__", out_of_memory)

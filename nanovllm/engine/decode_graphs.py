@@ -177,7 +177,8 @@ class DecodeGraphs:
             self.step(tensors)  # compiles and loads what cannot be while capturing
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool):
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                 self.step(tensors)
             self.graphs[size] = graph
 

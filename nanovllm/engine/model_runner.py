@@ -3,9 +3,10 @@
 import gc
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,12 @@ from nanovllm.layers.products import first_sizes
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
-from nanovllm.utils.device import construction, resolve_device, resolve_dtype, to_device
+from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
 
 logger = logging.getLogger("nanovllm")
+_building = Lock()
 
 
 class ModelRunner:
@@ -58,7 +60,9 @@ class ModelRunner:
             config.attention_backend, self.device, self.dtype, self.block_size, model.head_dim
         )
         self.layout = BatchLayout(self.block_size, model.vocab_size, self.device)
-        with self._device_guard():
+        # Of a GPU one engine at a time: what it takes shows in the process's memory.
+        alone = _building if self.device.type == "cuda" else nullcontext()
+        with alone, own_modes(self.device, inference=False):
             budget = CudaBudget(self.device) if self.device.type == "cuda" else None
             self.model = self._load_model()
             self._allocate_step_memory()
@@ -94,7 +98,7 @@ class ModelRunner:
         Of two steps under way, the older one must be read before a third is launched.
         """
         sampling = [item for item in batch.items if item.samples]
-        with self._device_guard():
+        with own_modes(self.device, inference=True):
             if batch.is_prefill:
                 self._launch_prefill(batch.items, sampling)
             elif self.graphs is not None:
@@ -124,15 +128,10 @@ class ModelRunner:
 
     # --- setting up
 
-    def _device_guard(self) -> AbstractContextManager[object]:
-        """Launches within go to this engine's GPU."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
     def _load_model(self) -> Qwen3ForCausalLM:
-        with construction(self.device, self.dtype):
-            model = Qwen3ForCausalLM(
-                self.config.model_config, BACKENDS[self.backend], self.config.max_model_len
-            )
+        config, backend = self.config, BACKENDS[self.backend]
+        options = {"device": self.device, "dtype": self.dtype}
+        model = Qwen3ForCausalLM(config.model_config, backend, config.max_model_len, **options)
         if self.config.load_format == "dummy":
             fill_random(model)
         else:

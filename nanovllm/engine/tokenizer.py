@@ -1,9 +1,12 @@
 """The model's tokenizer, and which ids end a request or have no text."""
 
+from threading import Lock
 from typing import Any
 
 from nanovllm.config import Config
 from nanovllm.model_config import as_token_ids, read_json
+
+_importing = Lock()  # what transformers imports when it is asked for, a second thread finds halfway
 
 
 def load_tokenizer(config: Config) -> Any | None:
@@ -15,12 +18,12 @@ def load_tokenizer(config: Config) -> Any | None:
     names = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
     if not any((config.model_dir / name).is_file() for name in names):
         return None
-    import transformers  # slow, and AutoTokenizer, which pulls in every model, is slower still
-
     is_fast = (config.model_dir / "tokenizer.json").is_file()
-    tokenizer_class = getattr(
-        transformers, "PreTrainedTokenizerFast" if is_fast else "AutoTokenizer"
-    )
+    with _importing:
+        import transformers  # slow, and AutoTokenizer, which pulls in every model, is slower still
+
+        name = "PreTrainedTokenizerFast" if is_fast else "AutoTokenizer"
+        tokenizer_class = getattr(transformers, name)
     try:
         return tokenizer_class.from_pretrained(config.model_dir)
     except Exception as error:  # whatever a broken file makes it raise

@@ -21,13 +21,12 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def usable(device: torch.device | None = None) -> bool:
-    """True if the kernels run on a device (torch's default one if None): CUDA, with triton."""
-    device = torch.get_default_device() if device is None else device
+def usable(device: torch.device) -> bool:
+    """True if the kernels run on a device: CUDA, with triton."""
     return device.type == "cuda" and _has_triton()
 
 
-def kernel_of(twin: T, module: str, device: torch.device | None = None) -> T:
+def kernel_of(twin: T, module: str, device: torch.device) -> T:
     """The kernel that does what a PyTorch function does, where kernels are usable; else that one.
 
     Args:

@@ -69,7 +69,10 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
 
     def load(kernel: CompiledKernel | triton.FutureKernel) -> None:
         if isinstance(kernel, triton.FutureKernel):
-            kernel = kernel.result()
+            try:
+                kernel = kernel.result()
+            except SystemError:  # of ast.parse in several threads, in CPython 3.11
+                return  # it is compiled when it is launched
         with torch.cuda.device(device):
             _ = kernel.run  # builds the launcher and loads the binary
 
@@ -77,7 +80,7 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
         asked_for: list[Any] = []
         token = _asked_for.set(asked_for)
         try:
-            with triton.AsyncCompileMode(pool):
+            with triton.AsyncCompileMode(pool, ignore_errors=True):
                 yield
             list(pool.map(load, {id(kernel): kernel for kernel in asked_for}.values()))
         finally:

@@ -319,7 +319,8 @@ class Attention(nn.Module):
         self.scale = config.head_dim**-0.5
         self.backend, self.rotary_emb = backend, rotary_emb
         self.k_cache = self.v_cache = torch.empty(0)
-        self.qk_norm_rope_store = kernel_of(qk_norm_rope_store, "fused")
+        device = rotary_emb.cos_sin.device
+        self.qk_norm_rope_store = kernel_of(qk_norm_rope_store, "fused", device)
 
     def forward(
         self, qkv: Tensor, norms: tuple[Tensor | None, Tensor | None], context: Context

@@ -1,5 +1,7 @@
 """Token embedding and output head."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,11 +28,12 @@ def resolve_and_embed(
 
 
 class Embedding(nn.Module):
-    """Holds the token embeddings [vocab_size, hidden_size]."""
+    """Holds the token embeddings [vocab_size, hidden_size]; options: device, dtype."""
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, **options: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+        weight = torch.empty(vocab_size, hidden_size, **options)
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """int64 [num_tokens] -> [num_tokens, hidden_size]."""
@@ -42,5 +45,5 @@ class LMHead(Linear):
 
     is_head = True
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
-        super().__init__(hidden_size, vocab_size)
+    def __init__(self, vocab_size: int, hidden_size: int, **options: Any) -> None:
+        super().__init__(hidden_size, vocab_size, **options)

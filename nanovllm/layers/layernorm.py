@@ -1,5 +1,7 @@
 """Root-mean-square layer norm (https://arxiv.org/abs/1910.07467)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,13 +23,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Holds the weight [size] of a norm."""
+    """Holds the weight [size] of a norm; options: its device and dtype."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, **options: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
-        self.rms_norm = kernel_of(rms_norm, "fused")
+        self.weight = nn.Parameter(torch.ones(size, **options), requires_grad=False)
+        self.rms_norm = kernel_of(rms_norm, "fused", self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, size] -> [num_tokens, size]."""

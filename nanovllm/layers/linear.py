@@ -5,7 +5,7 @@ computed depends on the number of tokens: see nanovllm.layers.products.
 """
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,21 @@ from nanovllm.layers.products import LinearInputs, product_table
 
 
 class Linear(nn.Module):
-    """y = norm(x) @ weight.T + bias, weight [output_size, input_size] in the default dtype."""
+    """y = norm(x) @ weight.T + bias, weight [output_size, input_size]; options: device, dtype."""
 
     is_gated: ClassVar[bool] = False
     is_head: ClassVar[bool] = False
 
-    def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, bias: bool = False, **options: Any
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(output_size, input_size), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, **options), requires_grad=False)
+
+        self.weight = parameter(output_size, input_size)
+        self.bias = parameter(output_size) if bias else None
         self.products = product_table(self.weight, self.is_gated, self.is_head)
 
     def forward(
@@ -57,8 +63,10 @@ class MergedLinear(Linear):
         output_sizes: size of each by the name that it has in the checkpoint, in order.
     """
 
-    def __init__(self, input_size: int, output_sizes: dict[str, int], bias: bool = False) -> None:
-        super().__init__(input_size, sum(output_sizes.values()), bias)
+    def __init__(
+        self, input_size: int, output_sizes: dict[str, int], bias: bool = False, **options: Any
+    ) -> None:
+        super().__init__(input_size, sum(output_sizes.values()), bias, **options)
         self.output_sizes = output_sizes
 
     def shards(self) -> Iterator[tuple[str, Tensor]]:
@@ -79,5 +87,6 @@ class GatedLinear(MergedLinear):
 
     is_gated = True
 
-    def __init__(self, input_size: int, output_size: int) -> None:
-        super().__init__(input_size, {"gate_proj": output_size, "up_proj": output_size})
+    def __init__(self, input_size: int, output_size: int, **options: Any) -> None:
+        sizes = {"gate_proj": output_size, "up_proj": output_size}
+        super().__init__(input_size, sizes, **options)

@@ -30,7 +30,13 @@ class RotaryEmbedding(nn.Module):
 
     cos_sin: Tensor
 
-    def __init__(self, head_dim: int, max_positions: int, theta: float) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        max_positions: int,
+        theta: float,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         # As transformers computes them: float32 throughout, and on the CPU, since one ulp of a
         # frequency is multiplied by the position.
@@ -38,4 +44,4 @@ class RotaryEmbedding(nn.Module):
         positions = torch.arange(max_positions, dtype=torch.float32, device="cpu")
         angles = torch.outer(positions, 1.0 / theta**exponents)
         cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        self.register_buffer("cos_sin", cos_sin.to(torch.get_default_device()), persistent=False)
+        self.register_buffer("cos_sin", cos_sin.to(device), persistent=False)

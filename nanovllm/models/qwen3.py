@@ -9,7 +9,8 @@ x goes through before it, its last one what its output is added to. So a layer c
 one launch where that is faster.
 """
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from nanovllm.layers.attention import Attention, Backend
@@ -24,17 +25,22 @@ from nanovllm.utils.context import Context
 class Qwen3Attention(nn.Module):
     """Grouped-query attention; Qwen3 norms each head of q and k, Qwen2 has biases instead."""
 
-    def __init__(self, config: ModelConfig, backend: Backend, rotary_emb: RotaryEmbedding) -> None:
+    def __init__(
+        self, config: ModelConfig, backend: Backend, rotary_emb: RotaryEmbedding, **options: Any
+    ) -> None:
         super().__init__()
         q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
         self.qkv_proj = MergedLinear(
             config.hidden_size,
             {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
             bias=config.qkv_bias,
+            **options,
         )
-        self.o_proj = Linear(q_size, config.hidden_size, bias=config.output_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.o_proj = Linear(q_size, config.hidden_size, bias=config.output_bias, **options)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, **options)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, **options)
         self.attn = Attention(config, backend, rotary_emb)
 
     @property
@@ -62,10 +68,11 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     """SiLU-gated MLP."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, **options: Any) -> None:
         super().__init__()
-        self.gate_up_proj = GatedLinear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = GatedLinear(hidden_size, intermediate_size, **options)
+        self.down_proj = Linear(intermediate_size, hidden_size, **options)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x [num_tokens, hidden_size], overwritten, -> x + MLP of norm(x)."""
@@ -75,12 +82,14 @@ class Qwen3MLP(nn.Module):
 class Qwen3DecoderLayer(nn.Module):
     """Pre-norm block."""
 
-    def __init__(self, config: ModelConfig, backend: Backend, rotary_emb: RotaryEmbedding) -> None:
+    def __init__(
+        self, config: ModelConfig, backend: Backend, rotary_emb: RotaryEmbedding, **options: Any
+    ) -> None:
         super().__init__()
-        self.self_attn = Qwen3Attention(config, backend, rotary_emb)
-        self.mlp = Qwen3MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Qwen3Attention(config, backend, rotary_emb, **options)
+        self.mlp = Qwen3MLP(config, **options)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
 
     def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
         """The stream x [num_tokens, hidden_size] through the block.
@@ -97,14 +106,19 @@ class Qwen3DecoderLayer(nn.Module):
 class Qwen3Model(nn.Module):
     """Embedding, decoder layers, final norm."""
 
-    def __init__(self, config: ModelConfig, backend: Backend, max_positions: int) -> None:
+    def __init__(
+        self, config: ModelConfig, backend: Backend, max_positions: int, **options: Any
+    ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.rotary_emb = RotaryEmbedding(config.head_dim, max_positions, config.rope_theta)
-        self.layers = nn.ModuleList(
-            Qwen3DecoderLayer(config, backend, self.rotary_emb) for _ in range(config.num_layers)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **options)
+        self.rotary_emb = RotaryEmbedding(
+            config.head_dim, max_positions, config.rope_theta, options.get("device")
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, backend, self.rotary_emb, **options)
+            for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Embeddings [num_tokens, hidden_size], overwritten, through the layers, up to the norm.
@@ -119,23 +133,25 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """The whole model, parameters in the default dtype on the default device, not initialised.
+    """The whole model, its parameters not initialised.
 
     Args:
         config: sizes and variants; Qwen2 is Qwen3 with QKV biases and no QK-norm.
         backend: computes attention.
         max_positions: positions 0 .. max_positions - 1 may occur.
+        **options: device and dtype of the parameters.
     """
 
-    def __init__(self, config: ModelConfig, backend: Backend, max_positions: int) -> None:
+    def __init__(
+        self, config: ModelConfig, backend: Backend, max_positions: int, **options: Any
+    ) -> None:
         super().__init__()
-        self.model = Qwen3Model(config, backend, max_positions)
-        self.lm_head = LMHead(config.vocab_size, config.hidden_size)
+        self.model = Qwen3Model(config, backend, max_positions, **options)
+        self.lm_head = LMHead(config.vocab_size, config.hidden_size, **options)
         self.tie_word_embeddings = config.tie_word_embeddings
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    @torch.inference_mode()
     def forward(self, x: Tensor, context: Context, out: Tensor | None = None) -> Tensor:
         """Logits of the positions that `context.logit_rows` names.
 

@@ -1,7 +1,7 @@
 """Which device and dtype an engine computes on, and how host numbers get there."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,15 +41,19 @@ def resolve_dtype(requested: str, checkpoint: str, device: torch.device) -> torc
 
 
 @contextmanager
-def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """New parameters are on `device` in `dtype` within; the process's defaults return after."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(previous)
+def own_modes(device: torch.device, inference: bool) -> Iterator[None]:
+    """Within, launches go to this device, whatever modes of torch the caller is in.
+
+    Args:
+        inference: True for a step. False where tensors are made that steps write to: those made in
+            inference mode could not be written to outside of it.
+    """
+    with torch.inference_mode(inference), ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        yield
 
 
 def to_device(values: list[Any] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
