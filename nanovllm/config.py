@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nanovllm.model_config import DTYPES, ModelConfig, read_json
+from nanovllm.model_config import DTYPES, ModelConfig
 from nanovllm.sampling_params import require_bool, require_float, require_int
-from nanovllm.utils.loader import resolve_model_dir
+from nanovllm.utils.loader import read_config, resolve_model_dir
 
 logger = logging.getLogger("nanovllm")
 
@@ -78,7 +78,7 @@ class Config:
         self._check_options()
         self._check_combinations()
         self.model_dir = resolve_model_dir(self.model, with_weights=self.load_format != "dummy")
-        self.model_config = ModelConfig.from_dict(read_json(self.model_dir / "config.json"))
+        self.model_config = ModelConfig.from_dict(read_config(self.model_dir))
         require_int("eos", self.eos, low=-1, high=self.model_config.vocab_size - 1)
         limit = self.model_config.max_position_embeddings
         if self.max_model_len > limit:
@@ -146,5 +146,5 @@ def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _is_device(name: str) -> bool:
     kind, colon, index = name.partition(":")
     return name in ("auto", "cpu", "cuda") or (
-        kind == "cuda" and bool(colon) and index.isascii() and index.isdigit()
+        kind == "cuda" and bool(colon) and index.isdecimal() and index == str(int(index))
     )

@@ -166,6 +166,16 @@ def as_token_ids(value: int | list[int] | None) -> frozenset[int]:
     return frozenset(ids)
 
 
+LFS_ADVICE = "is a git-lfs pointer, not the file itself: run `git lfs pull` where it came from"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """True for what git puts in the place of a large file until it is fetched."""
+    start = b"version https://git-lfs"
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -177,6 +187,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is no model directory: it has no {path.name}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if path.is_file() and is_lfs_pointer(path):
+            raise ValueError(f"{path} {LFS_ADVICE}") from None
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no JSON object")

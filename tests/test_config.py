@@ -110,6 +110,7 @@ BAD_OPTIONS: list[tuple[str, object, type[Exception], str]] = [
     ("device", "gpu", ValueError, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
     ("device", "cuda:x", ValueError, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
     ("device", "cuda:", ValueError, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
+    ("device", "cuda:00", ValueError, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
     ("device", "cuda:-1", ValueError, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
     ("device", None, ValueError, "'auto', 'cpu', 'cuda' or 'cuda:N'"),
     ("dtype", "float64", ValueError, "'float32', 'float16', 'bfloat16'"),
@@ -461,6 +462,62 @@ def test_the_free_memory_where_there_is_no_proc(
     monkeypatch.setattr(memory, "open", refuse, raising=False)
     monkeypatch.setattr(memory.os, "sysconf", sysconf)
     assert memory.free_cpu_memory() == expected
+
+
+def make_cgroup(root: Path, group: str, **files: object) -> None:
+    directory = root / group
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, value in files.items():
+        (directory / name.replace("__", ".")).write_text(f"{value}\n", encoding="ascii")
+
+
+@pytest.mark.parametrize("is_v2", [True, False], ids=["v2", "v1"])
+def test_the_limits_of_control_groups_count_less_what_is_used_of_them(
+    is_v2: bool, tmp_path: Path
+) -> None:
+    """Files in the cache can be dropped. The groups around a group limit it too."""
+    root, proc = tmp_path / "cgroup", tmp_path / "self"
+    if is_v2:
+        proc.write_text("0::/outer/inner\n", encoding="ascii")
+        stat = "anon 5\ninactive_file 30"
+        make_cgroup(root, "outer/inner", memory__max="max", memory__current=70, memory__stat=stat)
+        make_cgroup(root, "outer", memory__max=1000, memory__current=700, memory__stat=stat)
+    else:
+        proc.write_text("5:devices:/x\n4:cpu,memory:/outer/inner\n0::/\n", encoding="ascii")
+        stat = "cache 9\ntotal_inactive_file 30"
+        files = {"memory__limit_in_bytes": 1000, "memory__usage_in_bytes": 700}
+        make_cgroup(root / "memory", "outer", **files, memory__stat=stat)
+    assert memory._cgroup_rooms(proc, root) == [330]
+
+
+def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
+    assert memory._cgroup_rooms(tmp_path / "none", tmp_path) == []
+
+
+def test_the_pool_keeps_to_the_limit_of_a_container(
+    model_dir: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_cgroup_rooms", lambda: [4 << 20])
+    block_bytes = 2 * 2 * 16 * 2 * 16 * 4
+    with dummy(model_dir(), max_model_len=100, kvcache_block_size=16, max_num_seqs=64) as llm:
+        assert llm.model_runner is not None
+        assert llm.model_runner.num_blocks == (1 << 20) // block_bytes
+
+
+@pytest.mark.parametrize("option", ["num_kvcache_blocks", "max_num_seqs"])
+def test_an_option_that_asks_for_more_memory_than_there_is_is_refused(
+    option: str, model_dir: ConfigFactory
+) -> None:
+    with pytest.raises(ValueError, match=mentions(f"{option}={10**11}", "free", "would fit")):
+        dummy(model_dir(), **{option: 10**11})
+
+
+def test_an_allocation_that_fails_names_the_options(
+    model_dir: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_cpu_memory", lambda: 1 << 60)
+    with pytest.raises(ValueError, match=mentions("num_kvcache_blocks", "max_num_seqs")):
+        dummy(model_dir(), num_kvcache_blocks=10**12)
 
 
 def test_the_size_of_the_pool_is_logged_at_start_up(

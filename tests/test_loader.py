@@ -150,6 +150,22 @@ def test_a_tied_head_may_stand_in_the_file_if_it_is_equal(copied: CopyFactory) -
     assert torch.equal(load(model_dir).lm_head.weight, embedding)
 
 
+def test_a_tied_weight_may_stand_under_the_heads_name_alone(copied: CopyFactory) -> None:
+    model_dir = copied(TIED)
+    embedding = tensors_of(model_dir)["model.embed_tokens.weight"]
+    rewrite(model_dir, **{"lm_head.weight": embedding, "model.embed_tokens.weight": None})
+    model = load(model_dir)
+    assert torch.equal(model.lm_head.weight, embedding)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+
+
+def test_a_tied_weight_must_stand_under_one_of_its_names(copied: CopyFactory) -> None:
+    model_dir = copied(TIED)
+    rewrite(model_dir, **{"model.embed_tokens.weight": None})
+    with pytest.raises(ValueError, match=r"no tensor fills 2 parameters: model\.embed_tokens"):
+        load(model_dir)
+
+
 def test_a_tied_head_that_differs_from_the_embedding_is_refused(copied: CopyFactory) -> None:
     model_dir = copied(TIED)
     head = tensors_of(model_dir)["model.embed_tokens.weight"].clone()
@@ -199,6 +215,83 @@ def test_a_broken_config_json_is_refused(text: str, copied: CopyFactory) -> None
     model_dir = copied(ModelSpec())
     (model_dir / "config.json").write_text(text, encoding="utf-8")
     refused(model_dir, str(model_dir / "config.json"))
+
+
+def test_model_safetensors_is_the_checkpoint_whatever_lies_beside_it(copied: CopyFactory) -> None:
+    """As in transformers: neither another file nor shards with their index are read."""
+    model_dir = copied(ModelSpec())
+    expected = load(model_dir).state_dict()
+    others = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(model_dir).items()}
+    save_file(others, model_dir / "model-2.safetensors")
+    save_file(others, model_dir / "model_old.safetensors")
+    weight_map = dict.fromkeys(others, "model-2.safetensors")
+    (model_dir / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    found = load(model_dir).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_tensor_that_comes_twice_is_refused(with_index: bool, copied: CopyFactory) -> None:
+    model_dir = copied(SHARDED)
+    if not with_index:
+        (model_dir / INDEX).unlink()
+    first, second = sorted(model_dir.glob("model-*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor}, second)
+    refused(model_dir, str(model_dir), repr(name), "twice")
+
+
+def test_rotary_frequencies_of_old_exports_are_passed_over(copied: CopyFactory) -> None:
+    model_dir = copied(ModelSpec())
+    expected = load(model_dir).state_dict()
+    names = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    rewrite(model_dir, **{name: torch.ones(16) for name in names})
+    found = load(model_dir).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+def test_a_git_lfs_pointer_is_refused_with_what_to_do(name: str, copied: CopyFactory) -> None:
+    model_dir = copied(ModelSpec())
+    (model_dir / name).write_text(LFS_POINTER, encoding="utf-8")
+    refused(model_dir, str(model_dir / name), "git lfs pull")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("adapter_config.json", "LoRA adapter"),
+        ("model-Q4_K_M.gguf", "GGUF"),
+        ("pytorch_model.bin", "safetensors"),
+    ],
+)
+@pytest.mark.parametrize("kept", [[], ["config.json"]], ids=["alone", "with config.json"])
+def test_what_is_no_checkpoint_is_named(
+    name: str, advice: str, kept: list[str], copied: CopyFactory
+) -> None:
+    model_dir = copied(ModelSpec())
+    for entry in list(model_dir.iterdir()):
+        if entry.name not in kept:
+            entry.unlink()
+    (model_dir / name).write_text("{}", encoding="utf-8")
+    refused(model_dir, str(model_dir), advice)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("m.gguf", "GGUF"), (WEIGHTS, "give the directory"), ("x.txt", "file")]
+)
+def test_a_file_is_no_model(name: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("", encoding="utf-8")
+    refused(tmp_path / name, str(tmp_path / name), advice)
+
+
+@pytest.mark.parametrize("model", ["~nobody-of-this-name/models", "a" * 300])
+def test_a_name_that_cannot_be_a_path_is_refused(model: str) -> None:
+    with pytest.raises(ValueError, match=model[:9]):
+        LLM(model)
 
 
 def test_a_missing_shard_is_refused(copied: CopyFactory) -> None:

@@ -29,7 +29,7 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
 from nanovllm.utils.loader import fill_random, load_weights
-from nanovllm.utils.memory import CudaBudget, cpu_pool_budget
+from nanovllm.utils.memory import CudaBudget, cpu_pool_budget, require_memory
 
 logger = logging.getLogger("nanovllm")
 _building = Lock()
@@ -72,6 +72,9 @@ class ModelRunner:
             self.num_blocks = config.num_kvcache_blocks
             if self.num_blocks == -1:
                 self.num_blocks = self._derive_num_blocks(budget)
+            else:
+                block_bytes = self._bind_kv_cache(1).nbytes
+                require_memory("num_kvcache_blocks", self.num_blocks, block_bytes, self.device)
             self.kv_cache = self._bind_kv_cache(self.num_blocks)
             if self.device.type == "cuda":
                 self._warm_up()
@@ -79,9 +82,10 @@ class ModelRunner:
                 self.graphs = self._make_graphs()
                 self.graphs.capture(self.graphs.sizes)
         gib = self.kv_cache.nbytes / 2**30
+        taken = ", taken as it fills" if self.device.type == "cpu" else ""
         logger.info(
             f"KV pool: {self.num_blocks} blocks of {self.block_size} tokens = "
-            f"{self.num_blocks * self.block_size} tokens, {gib:.2f} GiB on {self.device} "
+            f"{self.num_blocks * self.block_size} tokens, {gib:.2f} GiB{taken} on {self.device} "
             f"({str(self.dtype).removeprefix('torch.')}, attention: {self.backend})"
         )
 
@@ -145,6 +149,8 @@ class ModelRunner:
         can be read; and the kernels their scratch.
         """
         size, model = self.config.max_num_seqs, self.config.model_config
+        row_bytes = model.vocab_size * self.dtype.itemsize + 16 * (2 + MAX_LOGPROBS)
+        require_memory("max_num_seqs", size, row_bytes, self.device)
         on_cuda = self.device.type == "cuda"
         self.sampled = torch.zeros(size, dtype=torch.int64, device=self.device)
         self.logits = torch.empty(size, model.vocab_size, dtype=self.dtype, device=self.device)
@@ -180,10 +186,15 @@ class ModelRunner:
     def _bind_kv_cache(self, num_blocks: int) -> Tensor:
         """A pool of num_blocks, each layer's part bound to its attention."""
         model = self.config.model_config
-        kv_cache = torch.empty(
-            2, model.num_layers, num_blocks, self.block_size, model.num_kv_heads, model.head_dim,
-            dtype=self.dtype, device=self.device,
-        )  # fmt: skip
+        shape = 2, model.num_layers, num_blocks, self.block_size, model.num_kv_heads, model.head_dim
+        try:
+            kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"no memory for a KV pool of {num_blocks} blocks of {self.block_size} tokens: give "
+                "a smaller num_kvcache_blocks, or max_num_seqs and max_model_len, of which it is "
+                "derived on a CPU, or gpu_memory_utilization"
+            ) from error
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         for layer, k_cache, v_cache in zip(layers, *kv_cache, strict=True):
             layer.k_cache, layer.v_cache = k_cache, v_cache

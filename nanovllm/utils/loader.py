@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from nanovllm.model_config import read_json
+from nanovllm.model_config import LFS_ADVICE, is_lfs_pointer, read_json
 
 CONFIG_FILES = (
     "config.json",
@@ -37,11 +37,14 @@ def resolve_model_dir(model: str | Path, with_weights: bool = True) -> Path:
     """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a directory or a Hub repo id, got {model!r}")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"{model} is a file, not a model directory")
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise ValueError(f"{model} is a file, not a model directory{_hint(path)}")
+    except (RuntimeError, OSError) as error:  # no such user's home, a name that is too long
+        raise ValueError(f"{model} is no directory: {error}") from error
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -64,6 +67,33 @@ class Merged(Protocol):
         """Their names there, where the module's own name would stand, and the parts they fill."""
 
 
+def _hint(path: Path) -> str:
+    """What a file or a directory holds in the place of a checkpoint, and what to do about it."""
+    names = [path.name] if path.is_file() else [entry.name for entry in path.iterdir()]
+    if "adapter_config.json" in names:
+        return ": it holds a LoRA adapter, which is to be merged into its base model and saved"
+    if any(name.endswith(".gguf") for name in names):
+        return ": GGUF is not supported, give the directory with the model's safetensors"
+    if path.is_file() and path.suffix == ".safetensors":
+        return ": give the directory that holds it and config.json"
+    if any(name.startswith("pytorch_model") for name in names):
+        return ": it holds PyTorch's .bin files, which are to be saved anew as safetensors"
+    return ""
+
+
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """config.json of a model's directory.
+
+    Raises:
+        ValueError: there is none, or it cannot be read; says what there is instead.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise ValueError(
+            f"{model_dir} is no model directory, it has no config.json{_hint(model_dir)}"
+        )
+    return read_json(model_dir / "config.json")
+
+
 def checkpoint_targets(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor that a checkpoint must hold, by its name there: the memory it is copied to."""
     targets: dict[str, Tensor] = {}
@@ -80,23 +110,24 @@ def checkpoint_targets(model: nn.Module) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, model_dir: Path) -> None:
     """Fill all of a model's parameters from the safetensors in a directory.
 
-    Tensors are read straight to the parameters' device and converted to their dtype. The second
-    name of a tied weight may be left out; if it is there it must be equal.
+    Tensors are read straight to the parameters' device and converted to their dtype. A tied weight
+    may stand under either of its names, or under both if they are equal. Rotary frequencies, which
+    old exports carry, are passed over.
 
     Raises:
         ValueError: a missing, truncated or corrupt file, a tensor of the wrong shape or with no
-            parameter, or a parameter with no tensor.
+            parameter, a tensor that comes twice, or a parameter with no tensor.
     """
     targets = checkpoint_targets(model)
-    tied = "lm_head.weight" if getattr(model, "tie_word_embeddings", False) else None
-    if tied:
-        tied_target = targets.pop(tied)
+    tied = set[str]()
+    if getattr(model, "tie_word_embeddings", False):
+        tied = {"lm_head.weight", "model.embed_tokens.weight"}
     filled: set[str] = set()
-    tied_copy: Tensor | None = None
     for name, tensor in _read_tensors(model_dir, next(model.parameters()).device):
-        if name == tied:
-            tied_copy = tensor
+        if name.endswith("rotary_emb.inv_freq"):
             continue
+        if name in filled:
+            raise ValueError(f"{model_dir}: tensor {name!r} stands in the checkpoint twice")
         if name not in targets:
             raise ValueError(f"{model_dir}: the model has no parameter for tensor {name!r}")
         if not tensor.is_floating_point():
@@ -109,16 +140,19 @@ def load_weights(model: nn.Module, model_dir: Path) -> None:
                 f"{model_dir}: tensor {name!r} has shape {list(tensor.shape)}, the configuration "
                 f"asks for {list(targets[name].shape)}"
             )
-        targets[name].data.copy_(tensor)
+        target = targets[name].data
+        if name in tied and filled & tied and not torch.equal(tensor.to(target.dtype), target):
+            raise ValueError(
+                f"{model_dir}: tie_word_embeddings is true, but lm_head.weight differs from the "
+                "embedding"
+            )
+        target.copy_(tensor)
         filled.add(name)
+    if filled & tied:
+        filled |= tied
     if missing := [name for name in targets if name not in filled]:
         raise ValueError(
             f"{model_dir}: no tensor fills {len(missing)} parameters: {_some(missing)}"
-        )
-    if tied_copy is not None and not torch.equal(tied_copy.to(tied_target.dtype), tied_target):
-        raise ValueError(
-            f"{model_dir}: tie_word_embeddings is true, but lm_head.weight differs from the "
-            "embedding"
         )
 
 
@@ -132,12 +166,19 @@ def _read_tensors(model_dir: Path, device: torch.device) -> Iterator[tuple[str, 
                 for name in file.keys():  # noqa: SIM118 (no mapping)
                     yield name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
+            if is_lfs_pointer(path):
+                raise ValueError(f"{path} {LFS_ADVICE}") from None
             raise ValueError(f"{path} is missing, truncated or corrupt: {error}") from error
 
 
 def _weight_files(model_dir: Path) -> list[Path]:
-    """The checkpoint's safetensors: one file, or the shards that its index names."""
+    """The checkpoint's safetensors: one file, or shards, those that an index names if there is one.
+
+    Where there is model.safetensors it is the checkpoint, as in transformers.
+    """
     index = model_dir / "model.safetensors.index.json"
+    if (model_dir / "model.safetensors").is_file():
+        return [model_dir / "model.safetensors"]
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -149,7 +190,9 @@ def _weight_files(model_dir: Path) -> list[Path]:
     else:
         paths = sorted(model_dir.glob("model*.safetensors"))
     if not paths:
-        raise ValueError(f"{model_dir} holds no model.safetensors (or shards with an index)")
+        raise ValueError(
+            f"{model_dir} holds no model.safetensors (or shards with an index){_hint(model_dir)}"
+        )
     return paths
 
 

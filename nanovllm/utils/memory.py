@@ -4,17 +4,60 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 GIB = 1 << 30
 CPU_POOL_LIMIT = 4 * GIB
+CGROUPS = Path("/sys/fs/cgroup")
 # Left free on the GPU for what no allocator reports: the driver's own, kernels loaded later.
 CUDA_MARGIN = GIB // 2
 
 
 def free_cpu_memory() -> int:
-    """Bytes of main memory that can be had without swapping."""
+    """Bytes of main memory that can be had: without swapping, and within the container's limit."""
+    return min([_free_system_memory(), *_cgroup_rooms()])
+
+
+def _cgroup_rooms(proc: Path = Path("/proc/self/cgroup"), mounted: Path = CGROUPS) -> list[int]:
+    """What each control group that this process is in, version 1 or 2, leaves it of its limit."""
+    rooms = []
+    try:
+        lines = proc.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []  # no Linux
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage, cached = mounted, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, cached = mounted / "memory", "total_inactive_file"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        directory = root / group.lstrip("/")
+        # The limits of the groups around it count too. In a container the path may not be there.
+        for place in (directory, *directory.parents):
+            if place.is_relative_to(root):
+                rooms += _room(place, limit, usage, cached)
+    return rooms
+
+
+def _room(place: Path, limit: str, usage: str, cached: str) -> list[int]:
+    """The limit of one control group less what is used, but for files that can be dropped."""
+    try:
+        texts = {name: (place / name).read_text(encoding="ascii") for name in (limit, usage)}
+        stats = (place / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    if texts[limit].strip() == "max":
+        return []
+    droppable = sum(int(line.split()[1]) for line in stats if line.split()[0] == cached)
+    return [max(0, int(texts[limit]) - int(texts[usage]) + droppable)]
+
+
+def _free_system_memory() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
@@ -26,6 +69,23 @@ def free_cpu_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 4 * CPU_POOL_LIMIT
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_cpu_memory()
+
+
+def require_memory(option: str, value: int, bytes_each: int, device: torch.device) -> None:
+    """Raise ValueError if an option asks for more memory than can be had, with what would fit."""
+    free = free_memory(device)
+    if value * bytes_each > free:
+        raise ValueError(
+            f"{option}={value} takes {value * bytes_each / GIB:.1f} GiB on {device}, where "
+            f"{free / GIB:.1f} GiB are free: at most {free // bytes_each} would fit"
+        )
 
 
 def cpu_pool_budget() -> int:
