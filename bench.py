@@ -19,6 +19,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import Batch
 from nanovllm.model_config import ModelConfig
+from nanovllm.utils.device import resolve_device
 from nanovllm.utils.timer import Timer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -338,7 +339,10 @@ def run_once(llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.R
 
 def main() -> None:
     args = parse_args()
-    device = torch.device(args.device)
+    try:
+        device = resolve_device(args.device)
+    except ValueError as error:
+        raise SystemExit(f"bench.py: {error}") from None
     usual = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, usual if args.dtype == "auto" else args.dtype)
     machine = Machine.measure(device, dtype)

@@ -15,6 +15,16 @@ logger = logging.getLogger("nanovllm")
 
 ATTENTION_BACKENDS = ("torch", "flash_attn", "triton")
 BLOCK_SIZE_STEP = 16
+# The least and the most of each.
+INT_OPTIONS: dict[str, tuple[int, int | None]] = {
+    "max_num_batched_tokens": (1, None),
+    "max_num_seqs": (1, None),
+    "max_model_len": (2, None),
+    "tensor_parallel_size": (1, 1),
+    "kvcache_block_size": (BLOCK_SIZE_STEP, None),
+    "num_kvcache_blocks": (-1, None),
+    "eos": (-1, None),
+}
 FLASH_BLOCK_STEP = 256  # flash-attn's paged cache takes no others
 
 
@@ -88,22 +98,19 @@ class Config:
             check_pool_size(self.num_kvcache_blocks, self.kvcache_block_size, self.max_model_len)
 
     def _check_options(self) -> None:
-        require_int("max_num_batched_tokens", self.max_num_batched_tokens, low=1)
-        require_int("max_num_seqs", self.max_num_seqs, low=1)
-        require_int("max_model_len", self.max_model_len, low=2)
-        require_float("gpu_memory_utilization", self.gpu_memory_utilization, low=0.0, high=1.0)
+        for name, (low, high) in INT_OPTIONS.items():
+            setattr(self, name, require_int(name, getattr(self, name), low, high))
+        self.gpu_memory_utilization = require_float(
+            "gpu_memory_utilization", self.gpu_memory_utilization, low=0.0, high=1.0
+        )
         require_bool("enforce_eager", self.enforce_eager)
-        require_int("tensor_parallel_size", self.tensor_parallel_size, low=1, high=1)
-        require_int("kvcache_block_size", self.kvcache_block_size, low=BLOCK_SIZE_STEP)
         if self.kvcache_block_size % BLOCK_SIZE_STEP:
             raise ValueError(
                 f"kvcache_block_size must be a multiple of {BLOCK_SIZE_STEP}, "
                 f"got {self.kvcache_block_size}"
             )
-        require_int("num_kvcache_blocks", self.num_kvcache_blocks, low=-1)
         if self.num_kvcache_blocks == 0:
             raise ValueError("num_kvcache_blocks must be -1 (derived) or >= 1, got 0")
-        require_int("eos", self.eos, low=-1)
         if not isinstance(self.device, str) or not _is_device(self.device):
             raise ValueError(
                 f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}"

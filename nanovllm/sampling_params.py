@@ -2,39 +2,45 @@
 
 import math
 import sys
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 3.4028234663852886e38  # the largest float32
 
 
-def require_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise unless `value` is an int (no bool) with low <= value <= high.
+def require_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """The int that `value` is, also one of numpy's, with low <= value <= high.
 
     Raises:
-        TypeError: `value` is no int.
+        TypeError: `value` is no int, or a bool.
         ValueError: `value` is out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         allowed = f">= {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {allowed}, got {value}")
+    return number
 
 
-def require_float(name: str, value: object, low: float, high: float = math.inf) -> None:
-    """Raise unless `value` is a finite int or float (no bool) with low <= value <= high.
+def require_float(name: str, value: object, low: float, high: float = math.inf) -> float:
+    """The number that `value` is, also one of numpy's: finite, and low <= value <= high.
 
     Raises:
-        TypeError: `value` is no number.
+        TypeError: `value` is no number, or a bool.
         ValueError: `value` is out of range, infinite or NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (-sys.float_info.max <= value <= sys.float_info.max and low <= value <= high):
+    number = int(value) if isinstance(value, int) else float(value)  # an int may be larger
+    if not (-sys.float_info.max <= number <= sys.float_info.max and low <= number <= high):
         allowed = f">= {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be finite and {allowed}, got {value}")
+    return number
 
 
 def require_bool(name: str, value: object) -> None:
@@ -99,24 +105,27 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        require_float("temperature", self.temperature, low=0.0, high=MAX_TEMPERATURE)
-        if self.max_tokens is not None:
-            require_int("max_tokens", self.max_tokens, low=1)
+        self._set("temperature", require_float, low=0.0, high=MAX_TEMPERATURE)
+        self._set("max_tokens", require_int, low=1)
         require_bool("ignore_eos", self.ignore_eos)
-        require_int("top_k", self.top_k, low=-1)
-        require_float("top_p", self.top_p, low=0.0, high=1.0)
+        self._set("top_k", require_int, low=-1)
+        self._set("top_p", require_float, low=0.0, high=1.0)
         if self.top_p == 0:
             raise ValueError(f"top_p must be more than 0 and at most 1, got {self.top_p}")
-        require_float("min_p", self.min_p, low=0.0, high=1.0)
-        if self.seed is not None:
-            require_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
-        if self.logprobs is not None:
-            require_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
+        self._set("min_p", require_float, low=0.0, high=1.0)
+        self._set("seed", require_int, low=-(2**63), high=2**63 - 1)
+        self._set("logprobs", require_int, low=0, high=MAX_LOGPROBS)
         require_bool("skip_special_tokens", self.skip_special_tokens)
         # One form of each, so that equal parameters compare and hash as equal.
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         object.__setattr__(self, "stop", self._stop_strings())
         object.__setattr__(self, "stop_token_ids", self._stop_token_ids())
+
+    def _set(self, name: str, check: Callable[..., float], **limits: float) -> None:
+        """Check a number, which may be None where the default is, and keep it as Python's own."""
+        value = getattr(self, name)
+        if value is not None or name not in ("max_tokens", "seed", "logprobs"):
+            object.__setattr__(self, name, check(name, value, **limits))
 
     def _stop_strings(self) -> tuple[object, ...]:
         is_one = isinstance(self.stop, str)
@@ -128,8 +137,8 @@ class SamplingParams:
                 raise ValueError("a stop text must have at least one character, got ''")
         return strings
 
-    def _stop_token_ids(self) -> tuple[object, ...]:
+    def _stop_token_ids(self) -> tuple[int, ...]:
         token_ids = _require_tuple("stop_token_ids", self.stop_token_ids, "ints")
-        for token_id in token_ids:
-            require_int("an id of stop_token_ids", token_id, low=0)
-        return token_ids
+        return tuple(
+            require_int("an id of stop_token_ids", token_id, low=0) for token_id in token_ids
+        )

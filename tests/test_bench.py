@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import CheckpointFactory, ModelSpec, random_prompts, watched
 
 from nanovllm import SamplingParams
@@ -118,3 +119,10 @@ def test_bench_runs_as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench.py", "--help"])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(ROOT / "bench.py"), run_name="__main__")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no CUDA GPU")
+def test_bench_without_the_gpu_it_is_to_use_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="device='cuda', but torch finds no CUDA GPU"):
+        bench.main()

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import is_idle
+from conftest import greedy, is_idle
 
 from nanovllm import LLM, SamplingParams
 
@@ -132,3 +133,20 @@ def test_without_a_chat_template_one_must_be_given(text_model: Path) -> None:
             llm.chat(HELLO)
         [output] = llm.chat(HELLO, GREEDY, use_tqdm=False, chat_template="w5 w6")
         assert output["prompt_token_ids"] == [5, 6]
+
+
+def test_arrays_of_messages_are_conversations(trained_llm: LLM) -> None:
+    """As Ray and Parquet give them."""
+    messages = [{"role": "user", "content": "introduce yourself"}]
+    [expected] = trained_llm.chat(messages, greedy(4), use_tqdm=False)
+    array = np.array(messages, dtype=object)
+    assert trained_llm.chat(array, greedy(4), use_tqdm=False) == [expected]
+    both = np.empty(2, dtype=object)
+    both[:] = [array, array]
+    assert trained_llm.chat(both, greedy(4), use_tqdm=False) == [expected] * 2
+
+
+def test_an_error_names_the_conversation(trained_llm: LLM) -> None:
+    good = [{"role": "user", "content": "x"}]
+    with pytest.raises(ValueError, match=r"^conversation 2: a message must have a 'role'"):
+        trained_llm.chat([good, good, [{"content": "x"}]])

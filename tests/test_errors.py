@@ -86,7 +86,7 @@ REQUESTS: list[tuple[str, Callable[[LLM], Any], type[Exception], str]] = [
         "params of another type",
         lambda llm: llm.generate([[5]], {"temperature": 1}),  # type: ignore[arg-type]
         TypeError,
-        "sampling_params must be SamplingParams, got 'temperature'",
+        "sampling_params must be SamplingParams or a list of them, got {'temperature': 1}",
     ),
     (
         "params in a list for one request",

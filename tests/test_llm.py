@@ -703,3 +703,92 @@ def test_no_step_is_left_under_way_when_the_last_request_stops(
         (output,) = llm.generate([5, 6], greedy(8, ignore_eos=False), use_tqdm=False)
         assert output["finish_reason"] == "stop"
         assert llm.is_finished()
+
+
+# --- prompts and numbers in the forms that tokenizers, arrays and tables give ----------------
+
+
+def test_what_a_tokenizer_gives_is_a_prompt(text_model: Path, llm: LLM) -> None:
+    tokenizer = llm.tokenizer
+    expected = completions(llm, [[5, 6]], max_tokens=4)
+    for prompts in (
+        tokenizer("w5 w6"),
+        tokenizer(["w5 w6"]),
+        tokenizer("w5 w6", return_tensors="pt"),
+        [tokenizer("w5 w6")],
+        {"input_ids": [5, 6]},
+    ):
+        assert completions(llm, prompts, max_tokens=4) == expected  # type: ignore[arg-type]
+    seq_id = llm.add_request(tokenizer("w5 w6"), greedy(4))
+    assert run_to_end(llm)[seq_id] == expected[0]
+
+
+@pytest.mark.parametrize("mapping", [{}, {"ids": [1]}, {1: 2}], ids=repr)
+def test_another_mapping_is_no_prompt(mapping: Any, llm: LLM) -> None:
+    with pytest.raises(TypeError, match="must be"):
+        llm.generate(mapping)
+    with pytest.raises(TypeError, match="must be"):
+        llm.generate([[1], mapping])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [torch.tensor([True, False]), np.array([True, False]), torch.tensor([1.0]), [True]],
+    ids=repr,
+)
+def test_bools_and_floats_are_no_token_ids(prompt: Any, llm: LLM) -> None:
+    with pytest.raises(TypeError):
+        llm.generate(prompt)
+    with pytest.raises(TypeError):
+        llm.generate([[1], prompt])
+
+
+def test_numbers_of_numpy_are_numbers(text_model: Path) -> None:
+    params = SamplingParams(
+        temperature=np.float32(0.5), max_tokens=np.int64(3), seed=np.int32(7), top_k=np.uint8(5),
+        top_p=np.float64(0.5), min_p=np.float16(0.25), stop_token_ids=[np.int64(9)],
+        logprobs=np.int16(1),
+    )  # fmt: skip
+    plain = SamplingParams(
+        temperature=0.5, max_tokens=3, seed=7, top_k=5, top_p=0.5, min_p=0.25, stop_token_ids=[9],
+        logprobs=1,
+    )  # fmt: skip
+    assert params == plain
+    assert repr(params) == repr(plain)
+    options = {"max_model_len": np.int64(64), "max_num_seqs": np.int32(2)}
+    with LLM(str(text_model), device="cpu", **options) as llm:
+        assert type(llm.config.max_model_len) is int
+        assert llm.generate([1], params, use_tqdm=False) == llm.generate([1], plain, use_tqdm=False)
+
+
+@pytest.mark.parametrize("bad", [np.bool_(True), np.array([3]), torch.tensor(3), "3"], ids=repr)
+def test_what_is_no_number_stays_refused(bad: Any) -> None:
+    with pytest.raises(TypeError, match="max_tokens must be an int"):
+        SamplingParams(max_tokens=bad)
+
+
+def test_an_error_names_the_row(llm: LLM) -> None:
+    prompts: list[Any] = [[1]] * 300
+    prompts[217] = [10**6]
+    with pytest.raises(ValueError, match=r"^prompt 217: token id 1000000 is outside"):
+        llm.generate(prompts)
+    with pytest.raises(TypeError, match=r"^prompt 1: token ids must be ints"):
+        llm.stream([[1], ["x"]])
+    with pytest.raises(TypeError, match=r"^prompt 2: sampling_params must be"):
+        llm.generate([[1]] * 3, [greedy(1), greedy(1), None])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"^token id 1000000"):
+        llm.generate([[10**6]])
+
+
+def test_a_long_text_brings_no_warning_of_transformers(
+    text_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model_dir = shutil.copytree(text_model, tmp_path / "model")
+    edit_json(model_dir / "tokenizer_config.json", model_max_length=4)
+    transformers.utils.logging.enable_propagation()
+    try:
+        with LLM(str(model_dir), **OPTIONS) as llm:
+            llm.generate("w1 w2 w3 w4 w5 w6", greedy(1), use_tqdm=False)
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert not [r for r in caplog.records if r.name.startswith("transformers")]

@@ -121,7 +121,7 @@ def test_a_stop_id_of_the_request_ends_it_and_stays(
     stop_ids = [300, whole["token_ids"][7], token_ids[-1]]
     output = answer(trained_llm, stop_token_ids=stop_ids, ignore_eos=ignore_eos)
     assert output["token_ids"] == token_ids
-    assert output["text"] == trained_llm.tokenizer.decode(token_ids)
+    assert output["text"] == trained_llm.tokenizer.decode(token_ids[:-1])
     assert ends(output) == ("stop", token_ids[-1])
 
 
@@ -153,17 +153,42 @@ def test_without_max_tokens_a_request_fills_max_model_len(trained_llm: LLM) -> N
 def test_special_tokens_are_in_the_text_if_asked_for(
     whole: dict[str, Any], trained_llm: LLM
 ) -> None:
-    output = answer(trained_llm, skip_special_tokens=False)
+    options = {"ignore_eos": True, "max_tokens": len(whole["token_ids"])}
+    output = answer(trained_llm, skip_special_tokens=False, **options)
     assert output["text"] == whole["text"] + STOP_WORD
     assert output["token_ids"] == whole["token_ids"]
+
+
+@pytest.mark.parametrize("stop_token_ids", [None, "fifth"])
+def test_the_id_that_ends_a_request_has_no_text(
+    stop_token_ids: str | None, whole: dict[str, Any], trained_llm: LLM
+) -> None:
+    """The model's own, special tokens shown or not, and one of the request; in streams too."""
+    num_tokens = 5 if stop_token_ids else len(whole["token_ids"])
+    ids = whole["token_ids"][:num_tokens]
+    options = {"stop_token_ids": ids[-1:]} if stop_token_ids else {}
+    expected = trained_llm.tokenizer.decode(ids[:-1])
+    for skip in (True, False):
+        params = SamplingParams(
+            temperature=0.0, max_tokens=None, skip_special_tokens=skip, **options
+        )
+        [output] = trained_llm.generate(ask(trained_llm, QUESTION), params, use_tqdm=False)
+        assert (output["text"], output["token_ids"]) == (expected, ids)
+        pieces = list(trained_llm.stream(ask(trained_llm, QUESTION), params))
+        assert "".join(piece["text"] for piece in pieces) == expected
+        assert [i for piece in pieces for i in piece["token_ids"]] == ids
+    # Its text completes no stop text either.
+    last = trained_llm.tokenizer.decode(ids[-1:])
+    assert answer(trained_llm, stop=expected[-2:] + last, **options)["text"] == expected
 
 
 def test_a_special_token_may_be_a_stop_text_if_it_is_in_the_text(
     whole: dict[str, Any], trained_llm: LLM
 ) -> None:
-    output = answer(trained_llm, skip_special_tokens=False, stop=STOP_WORD)
+    output = answer(trained_llm, skip_special_tokens=False, stop=STOP_WORD, ignore_eos=True)
     assert output["text"] == whole["text"]
     assert ends(output) == ("stop", STOP_WORD)
+    assert ends(answer(trained_llm, skip_special_tokens=False, stop=STOP_WORD)) == ("stop", None)
     assert ends(answer(trained_llm, stop=STOP_WORD)) == ("stop", None)
 
 

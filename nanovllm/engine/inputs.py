@@ -1,12 +1,15 @@
 """What users hand in: prompts, parameters and conversations in any form that is taken, checked."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as ListLike
 from operator import index
-from typing import Any
+from typing import Any, TypeVar
 
 from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Prompt = str | ListLike[int]
 Conversation = ListLike[Mapping[str, Any]]
@@ -14,7 +17,8 @@ Conversation = ListLike[Mapping[str, Any]]
 
 def as_ids(prompt: ListLike[int]) -> list[int]:
     """A list of token ids as plain ints (numpy's are taken too)."""
-    if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, dict)):
+    prompt = _input_ids(prompt)
+    if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, Mapping)):
         raise TypeError(f"a prompt must be a str or a list of token ids, got {prompt!r:.80}")
     ids: list[Any] = list(prompt)
     if list(map(type, ids)).count(int) == len(ids):  # nearly always, and twenty times as fast
@@ -25,16 +29,25 @@ def as_ids(prompt: ListLike[int]) -> list[int]:
     return [index(token) for token in ids]
 
 
+def _input_ids(prompts: Any) -> Any:
+    """What a tokenizer's output holds as "input_ids"; anything else as it is."""
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        return prompts["input_ids"]
+    return prompts
+
+
 def _is_int_like(value: object) -> bool:
-    """Whether a value is an int, or one of numpy's; arrays and tensors may be prompts."""
-    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
+    """Whether a value is an int, or one of numpy's or torch's; arrays and tensors are prompts."""
+    is_bool = str(getattr(value, "dtype", "")).endswith("bool")
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0 and not is_bool
 
 
 def as_prompt_list(prompts: Prompt | ListLike[Prompt]) -> list[Prompt]:
     """One prompt as a list of one; a list of prompts as it is."""
+    prompts = _input_ids(prompts)
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, dict)):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
         raise TypeError(f"prompts must be texts or lists of token ids, got {prompts!r:.80}")
     entries: list[Any] = list(prompts)
     is_one_prompt = bool(entries) and all(_is_int_like(entry) for entry in entries)
@@ -49,7 +62,7 @@ def as_params_list(
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
-    if not isinstance(params, Iterable):
+    if not isinstance(params, Iterable) or isinstance(params, (str, Mapping)):
         raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {params!r}")
     params = list(params)
     if len(params) != num_prompts:
@@ -107,29 +120,32 @@ def _check_vocabulary(what: str, token_ids: ListLike[int], config: Config) -> No
         raise ValueError(f"{what} {bad} is outside the vocabulary, 0 to {vocab_size - 1}")
 
 
-def as_conversations(messages: Conversation | ListLike[Conversation]) -> list[list[dict[str, Any]]]:
-    """One conversation as a list of one; a list of conversations as it is.
+def as_conversation_list(messages: Conversation | ListLike[Conversation]) -> list[Conversation]:
+    """One conversation as a list of one; a list of conversations as it is."""
+    if not _is_list(messages):
+        raise TypeError(f"messages must be a list of dicts, got {messages!r:.80}")
+    entries: list[Any] = list(messages)
+    return [entries] if any(isinstance(entry, Mapping) for entry in entries) else entries
+
+
+def as_conversation(messages: Conversation) -> list[dict[str, Any]]:
+    """The messages of one conversation.
 
     Raises:
         TypeError, ValueError: what is no message, or has no role or text.
     """
     if not _is_list(messages):
-        raise TypeError(f"messages must be a list of dicts, got {messages!r:.80}")
-    entries: list[Any] = list(messages)
-    is_one = any(isinstance(entry, Mapping) for entry in entries)
-    conversations = [entries] if is_one else entries
-    for conversation in conversations:
-        if not _is_list(conversation):
-            raise TypeError(f"a conversation must be a list of dicts, got {conversation!r:.80}")
-        if not conversation:
-            raise ValueError("a conversation must have at least one message, got []")
-        for message in conversation:
-            _check_message(message)
-    return [[dict(message) for message in conversation] for conversation in conversations]
+        raise TypeError(f"a conversation must be a list of dicts, got {messages!r:.80}")
+    conversation = list(messages)
+    if not conversation:
+        raise ValueError("a conversation must have at least one message, got []")
+    for message in conversation:
+        _check_message(message)
+    return [dict(message) for message in conversation]
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, ListLike) and not isinstance(value, (str, bytes))
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
 
 
 def _check_message(message: object) -> None:
@@ -167,7 +183,26 @@ def as_chat_prompts(
             f"the tokenizer of {config.model_dir} has no chat template: "
             "give one as chat_template=..."
         )
-    return [_render_chat(tokenizer, chat, options) for chat in as_conversations(messages)]
+    conversations = as_conversation_list(messages)
+
+    def render(conversation: Conversation) -> list[int]:
+        return _render_chat(tokenizer, as_conversation(conversation), options)
+
+    return for_each(render, "conversation", conversations)
+
+
+def for_each(make: Callable[[T], R], what: str, entries: ListLike[T]) -> list[R]:
+    """make(entry) for each; of several, an error says which one it was."""
+    made = []
+    for number, entry in enumerate(entries):
+        try:
+            made.append(make(entry))
+        except (TypeError, ValueError) as error:
+            if len(entries) == 1:
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{what} {number}: {error}") from error
+    return made
 
 
 def _render_chat(

@@ -21,6 +21,7 @@ from nanovllm.engine.inputs import (
     as_prompt_ids,
     as_prompt_list,
     check_params,
+    for_each,
 )
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.outputs import Launched
@@ -443,8 +444,8 @@ class LLMEngine:
         self._runner()
         prompts = as_prompt_list(prompts)
         params = as_params_list(sampling_params, len(prompts))
-        pairs = zip(prompts, params, strict=True)
-        seqs = [self._make_sequence(*pair, is_streamed) for pair in pairs]
+        pairs = list(zip(prompts, params, strict=True))
+        seqs = for_each(lambda pair: self._make_sequence(*pair, is_streamed), "prompt", pairs)
         for seq in seqs:
             seq.is_awaited = True
         return seqs

@@ -28,9 +28,8 @@ def _text(seq: Sequence, tokenizer: Any | None) -> str:
         return seq.detokenizer.text
     if tokenizer is None:
         return ""
-    text: str = tokenizer.decode(
-        seq.completion_token_ids, skip_special_tokens=seq.params.skip_special_tokens
-    )
+    ids = seq.text_token_ids[seq.num_prompt_tokens :]
+    text: str = tokenizer.decode(ids, skip_special_tokens=seq.params.skip_special_tokens)
     return text
 
 

@@ -232,8 +232,10 @@ class Scheduler:
             finish_reason, stop_reason = "stop", last_id
         elif len(seq.token_ids) >= seq.max_num_tokens:
             finish_reason = "length"
+        seq.is_ended_by_id = finish_reason == "stop"
         if seq.detokenizer is not None:
-            stop_text = seq.detokenizer.update(seq.token_ids, is_final=finish_reason is not None)
+            is_final = finish_reason is not None
+            stop_text = seq.detokenizer.update(seq.text_token_ids, is_final)
             if stop_text is not None:
                 finish_reason, stop_reason = "stop", stop_text
         seq.stop_reason, seq.finish_reason = stop_reason, finish_reason

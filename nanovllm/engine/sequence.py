@@ -67,6 +67,7 @@ class Sequence:
         self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.finish_reason: str | None = None  # "stop" | "length"
         self.stop_reason: str | int | None = None  # the stop text or id of `params` that ended it
+        self.is_ended_by_id = False  # by a stop id, the model's or one of `params`
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         self.detokenizer: Detokenizer | None = None  # only where text is needed as tokens come
         self.is_awaited = False  # `generate` or a stream gives it out, not `step`
@@ -97,6 +98,11 @@ class Sequence:
     def completion_token_ids(self) -> list[int]:
         """The generated ids that are known."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def text_token_ids(self) -> list[int]:
+        """The known ids that have text: without the id that ended the request."""
+        return self.token_ids[:-1] if self.is_ended_by_id else self.token_ids
 
     @property
     def is_at_length_limit(self) -> bool:

@@ -25,7 +25,12 @@ def load_tokenizer(config: Config) -> Any | None:
         name = "PreTrainedTokenizerFast" if is_fast else "AutoTokenizer"
         tokenizer_class = getattr(transformers, name)
     try:
-        return tokenizer_class.from_pretrained(config.model_dir)
+        tokenizer = tokenizer_class.from_pretrained(config.model_dir)
+        # What it says of long prompts ("indexing errors") is untrue here: max_model_len counts.
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = (
+            True
+        )
+        return tokenizer
     except Exception as error:  # whatever a broken file makes it raise
         raise ValueError(f"{config.model_dir}: the tokenizer cannot be loaded: {error}") from error
 
