@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,14 @@ class ModelConfig:
             dtype=dtype,
             eos_token_ids=as_token_ids(raw.get("eos_token_id")),
         )
+
+    def differences(self, other: "ModelConfig") -> list[str]:
+        """What keeps the weights of another configuration from fitting this one's model."""
+        told_apart = {field.name for field in fields(self)} - {
+            "dtype", "eos_token_ids", "max_position_embeddings",
+        }  # fmt: skip
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in told_apart}
+        return [f"{name} {a!r}, not {b!r}" for name, (a, b) in sorted(pairs.items()) if a != b]
 
 
 def _architecture_name(raw: Mapping[str, Any]) -> str:

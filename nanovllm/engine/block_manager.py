@@ -117,6 +117,12 @@ class BlockManager:
                 block.token_ids = self._tokens(seq, index)
                 self._hash_to_block.setdefault(block.block_hash, block)
 
+    def forget_prefixes(self) -> None:
+        """Let no block be found any more; those in use stay with their sequences."""
+        self._hash_to_block.clear()
+        for block in self._blocks:
+            self._forget(block)
+
     def _take(self) -> Block:
         """Remove a block from the free ones: one never used, else the one freed longest ago."""
         if len(self._blocks) < self.num_blocks:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -30,7 +31,9 @@ from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import find_hidden_ids, find_stop_ids, load_tokenizer
 from nanovllm.engine.turns import Turns, never
+from nanovllm.model_config import ModelConfig
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.loader import read_config, resolve_model_dir
 
 # Told of a step with what has just happened to it: see LLMEngine.
 Observer = Callable[[str, Batch | None], object]
@@ -80,6 +83,7 @@ class LLMEngine:
         self._requests: dict[int, Sequence] = {}  # under way
         self._finished: list[Sequence] = []  # not reported yet
         self._in_flight: Launched | None = None  # a step whose ids have not been read
+        self._are_weights_whole = True
         self._turns = Turns(self._recover, self._count)
         self._count()
         self._pid = os.getpid()
@@ -285,6 +289,52 @@ class LLMEngine:
             "num_generated_tokens": scheduler.num_generated_tokens,
         }
 
+    def reset_prefix_cache(self) -> None:
+        """Forget the K/V of all prompts so far; requests under way keep theirs.
+
+        Raises:
+            RuntimeError: the engine was shut down, or this thread has interrupted a step.
+        """
+        self._take_turn(lambda: self._turns.change(self._forget_prefixes))
+
+    def load_weights(self, model: str | Path) -> None:
+        """Fill the model from another checkpoint of the same shape, and forget every prefix.
+
+        If it fails halfway, the engine refuses to generate until a load succeeds.
+
+        Args:
+            model: a local directory, or a Hub repo id.
+
+        Raises:
+            TypeError, ValueError: no checkpoint, or one of another shape.
+            RuntimeError: requests are under way, the engine was shut down, or this thread has
+                interrupted a step.
+        """
+        self._refuse_nested_steps()
+        model_dir = resolve_model_dir(model)
+        other = ModelConfig.from_dict(read_config(model_dir))
+        if found := self.config.model_config.differences(other):
+            raise ValueError(f"{model_dir} is of another shape than the model: {', '.join(found)}")
+
+        def load() -> None:
+            self._are_weights_whole = False
+            self._runner().load_weights(model_dir)
+            self._forget_prefixes()
+            self._are_weights_whole = True
+
+        def work() -> None:
+            if self._requests:
+                raise RuntimeError(
+                    f"load_weights: {len(self._requests)} requests are under way, whose K/V is of "
+                    "the old weights; let them end or abort them first"
+                )
+            self._turns.change(load)
+
+        self._take_turn(work)
+
+    def _forget_prefixes(self) -> None:
+        self.scheduler.block_manager.forget_prefixes()
+
     def _run_until_finished(self, seqs: list[Sequence], use_tqdm: bool) -> None:
         """Step, or have another thread step, until all of `seqs` have ended."""
         own = {seq.seq_id for seq in seqs}
@@ -350,7 +400,7 @@ class LLMEngine:
         return self._turns.change(self._advance)
 
     def _advance(self) -> int:
-        runner = self._runner()
+        runner = self._ready_runner()
         step = self._launch_ahead(runner) if runner.runs_ahead else self._launch(runner)
         if step is None:
             return 0
@@ -434,6 +484,13 @@ class LLMEngine:
             raise RuntimeError("this engine was shut down by exit(); make a new one")
         return self.model_runner
 
+    def _ready_runner(self) -> ModelRunner:
+        if not self._are_weights_whole:
+            raise RuntimeError(
+                "the last load_weights failed: load a checkpoint that is whole first"
+            )
+        return self._runner()
+
     def _make_sequences(
         self,
         prompts: Prompt | ListLike[Prompt],
@@ -453,7 +510,7 @@ class LLMEngine:
     def _make_sequence(
         self, prompt: Prompt, params: SamplingParams, is_streamed: bool = False
     ) -> Sequence:
-        runner = self._runner()
+        runner = self._ready_runner()
         check_params(params, self.config, self.tokenizer)
         token_ids = as_prompt_ids(prompt, self.config, self.tokenizer)
         seed = params.seed

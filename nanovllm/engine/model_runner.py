@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
+from pathlib import Path
 from threading import Lock
 
 import torch
@@ -111,6 +112,16 @@ class ModelRunner:
                 self._decode_step(*self.layout.decode(batch.items))
             self.layout.remember_sampled(sampling)
             return self._read_later(batch, sampling)
+
+    def load_weights(self, model_dir: Path) -> None:
+        """Fill the model from another checkpoint. Its memory, and so the CUDA graphs, stay.
+
+        Raises:
+            ValueError: as utils.loader.load_weights; some of the parameters may be filled.
+        """
+        self.synchronize()
+        with own_modes(self.device, inference=False):
+            load_weights(self.model, model_dir)
 
     def new_seed(self) -> int:
         """A seed for a request; torch.manual_seed makes them repeatable."""
