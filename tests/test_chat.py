@@ -150,3 +150,36 @@ def test_an_error_names_the_conversation(trained_llm: LLM) -> None:
     good = [{"role": "user", "content": "x"}]
     with pytest.raises(ValueError, match=r"^conversation 2: a message must have a 'role'"):
         trained_llm.chat([good, good, [{"content": "x"}]])
+
+
+@pytest.mark.parametrize("name", ["stream", "enable_thinkin", "temperature"])
+def test_an_option_that_the_template_does_not_use_is_refused(
+    name: str, shared_trained_llm: LLM
+) -> None:
+    template = "{{ messages[0].content }}{% if enable_thinking %}x{% endif %}"
+    with pytest.raises(TypeError, match=f"does not use '{name}'.*enable_thinking"):
+        shared_trained_llm.chat(HELLO, GREEDY, chat_template=template, **{name: True})
+    with pytest.raises(TypeError, match=f"does not use '{name}'"):
+        shared_trained_llm.stream(HELLO, GREEDY, **{name: True})
+
+
+def test_a_template_with_tags_of_its_own_takes_any_option(trained_llm: LLM) -> None:
+    template = "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ x }}"
+    assert prompt_of(trained_llm, HELLO, chat_template=template, x=5) == "introduce yourself5"
+
+
+@pytest.mark.parametrize("messages", [HELLO, [HELLO, LONGER], np.array(HELLO, dtype=object)])
+def test_conversations_stream_what_chat_gives(messages: Any, trained_llm: LLM) -> None:
+    outputs = trained_llm.chat(messages, GREEDY, use_tqdm=False)
+    texts = [""] * len(outputs)
+    for piece in trained_llm.stream(messages, GREEDY):
+        texts[piece["index"]] += piece["text"]
+    assert texts == [output["text"] for output in outputs]
+
+
+def test_a_conversation_streams_with_the_templates_options(trained_llm: LLM) -> None:
+    [output] = trained_llm.chat(HELLO, GREEDY, use_tqdm=False, add_generation_prompt=False)
+    pieces = trained_llm.stream(HELLO, GREEDY, add_generation_prompt=False)
+    assert "".join(piece["text"] for piece in pieces) == output["text"]
+    with pytest.raises(TypeError, match="only conversations take add_generation_prompt"):
+        trained_llm.stream("hello", GREEDY, add_generation_prompt=False)

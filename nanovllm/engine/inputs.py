@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as ListLike
+from inspect import signature
 from operator import index
 from typing import Any, TypeVar
 
@@ -171,8 +172,8 @@ def as_chat_prompts(
         options: what the template is given; add_generation_prompt is true unless it says else.
 
     Raises:
-        TypeError, ValueError: no tokenizer, no template, a malformed conversation, or one that the
-            template refuses.
+        TypeError, ValueError: no tokenizer, no template, an option that it does not use, a
+            malformed conversation, or one that the template refuses.
     """
     if tokenizer is None:
         raise ValueError(f"{config.model_dir} has no tokenizer, which chat() needs")
@@ -183,12 +184,44 @@ def as_chat_prompts(
             f"the tokenizer of {config.model_dir} has no chat template: "
             "give one as chat_template=..."
         )
+    _check_template_options(tokenizer, options)
     conversations = as_conversation_list(messages)
 
     def render(conversation: Conversation) -> list[int]:
         return _render_chat(tokenizer, as_conversation(conversation), options)
 
     return for_each(render, "conversation", conversations)
+
+
+def _check_template_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option that neither the chat template nor the tokenizer looks at."""
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    given = options.get("chat_template") or tokenizer.chat_template
+    templates = given.values() if isinstance(given, dict) else [given]
+    known = set(signature(tokenizer.apply_chat_template).parameters)
+    try:
+        for template in templates:
+            known |= meta.find_undeclared_variables(Environment().parse(template))
+    except TemplateSyntaxError:  # tags of the tokenizer's own, or a mistake that it will tell
+        return
+    if unknown := [name for name in options if name not in known]:
+        used = sorted(known - {"self", "conversation", "messages", "tokenize", "kwargs"})
+        raise TypeError(
+            f"the chat template does not use {unknown[0]!r}; it, or the tokenizer, uses "
+            f"{', '.join(used)}"
+        )
+
+
+def is_chat(prompts: Any) -> bool:
+    """True for a conversation, or a list or array of them: dicts that are no tokenizer's output."""
+    first = prompts
+    for _ in range(2):
+        is_array = getattr(first, "dtype", None) == object
+        if not (is_array or isinstance(first, (list, tuple))) or len(first) == 0:
+            break
+        first = first[0]
+    return first is not prompts and isinstance(first, Mapping) and "input_ids" not in first
 
 
 def for_each(make: Callable[[T], R], what: str, entries: ListLike[T]) -> list[R]:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from tqdm import tqdm
 
@@ -23,6 +23,7 @@ from nanovllm.engine.inputs import (
     as_prompt_list,
     check_params,
     for_each,
+    is_chat,
 )
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.outputs import Launched
@@ -220,14 +221,14 @@ class LLMEngine:
             sampling_params: one for all conversations, or one for each.
             use_tqdm: as in `generate`.
             **template_options: given to the template: add_generation_prompt (True unless given),
-                enable_thinking, tools, chat_template and what else it knows.
+                enable_thinking, tools, chat_template and what else it uses.
 
         Returns:
             What `generate` gives.
 
         Raises:
-            TypeError, ValueError: no tokenizer, no chat template, a malformed conversation, or what
-                `generate` refuses; nothing is queued.
+            TypeError, ValueError: no tokenizer, no chat template, an option that it does not use, a
+                malformed conversation, or what `generate` refuses; nothing is queued.
             RuntimeError: the engine was shut down.
         """
         self._refuse_nested_steps()
@@ -236,18 +237,20 @@ class LLMEngine:
 
     def stream(
         self,
-        prompts: Prompt | ListLike[Prompt],
+        prompts: Prompt | ListLike[Prompt] | Conversation | ListLike[Conversation],
         sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
+        **template_options: Any,
     ) -> Stream:
-        """Complete prompts, giving the tokens as they come.
+        """Complete prompts or conversations, giving the tokens as they come.
 
         Nothing is queued before the first result is asked for. When the iterator is closed, dropped
         or left by an exception, its requests are aborted. In between, the engine may be used for
         anything else.
 
         Args:
-            prompts: as in `generate`.
+            prompts: as in `generate`, or the messages of `chat`.
             sampling_params: as in `generate`.
+            **template_options: as in `chat`, for conversations.
 
         Returns:
             An iterator of dicts: "index" of the prompt, "text" and "token_ids" that are new,
@@ -258,6 +261,13 @@ class LLMEngine:
         Raises:
             TypeError, ValueError, RuntimeError: at the call, what `generate` raises.
         """
+        self._runner()
+        if is_chat(prompts):
+            messages = cast(Conversation, prompts)
+            prompts = as_chat_prompts(messages, self.config, self.tokenizer, template_options)
+        elif template_options:
+            raise TypeError(f"only conversations take {', '.join(template_options)}")
+        prompts = cast(ListLike[Prompt], prompts)
         return Stream(self, self._make_sequences(prompts, sampling_params, is_streamed=True))
 
     def stats(self) -> dict[str, int | float]:
