@@ -5,6 +5,7 @@ and a small workload with the tiny checkpoint on a CPU.
 """
 
 import argparse
+import logging
 import math
 import random
 from collections.abc import Callable
@@ -345,6 +346,8 @@ def main() -> None:
         raise SystemExit(f"bench.py: {error}") from None
     usual = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, usual if args.dtype == "auto" else args.dtype)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nanovllm").setLevel(logging.INFO)
     machine = Machine.measure(device, dtype)
     started = perf_counter()
     llm = LLM(

@@ -1,6 +1,7 @@
 """Answer two prompts, with the tiny checkpoint in assets/ or any other Qwen3 or Qwen2 model."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from nanovllm import LLM, SamplingParams
@@ -15,6 +16,8 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nanovllm").setLevel(logging.INFO)  # it says what it is doing
     llm = LLM(args.model)
     questions = ["introduce yourself", "list all prime numbers within 100"]
     conversations = [[{"role": "user", "content": question}] for question in questions]

@@ -31,6 +31,7 @@ from conftest import (
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.progress import Progress
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 VOCAB_SIZE = ModelSpec.vocab_size
@@ -671,6 +672,34 @@ def test_the_progress_bar_shows_prompts_done_and_both_speeds(
     assert "2/2" in shown
     assert re.search(r"Prefill=\d+tok/s", shown)
     assert re.search(r"Decode=\d+tok/s", shown)
+
+
+def test_the_progress_bar_moves_while_no_prompt_is_done(
+    text_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At tqdm's own interval, with the tokens so far."""
+    with LLM(str(text_model), **OPTIONS) as llm:
+        real = Progress.__init__
+
+        def eager(self: Progress, *args: Any) -> None:
+            real(self, *args)
+            self.bar.mininterval = 0.0
+
+        monkeypatch.setattr(Progress, "__init__", eager)
+        llm.generate([[5, 6]], greedy(8), use_tqdm=True)
+    shown = capsys.readouterr().err
+    assert [int(n) for n in re.findall(r"0/1 .*?Tokens=(\d+)", shown)] == [*range(1, 9)]
+    assert "Tokens=8" in shown
+
+
+def test_what_takes_long_at_start_up_says_so(
+    text_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="nanovllm"):
+        LLM(str(text_model), **OPTIONS).exit()
+    messages = [record.getMessage() for record in caplog.records if record.name == "nanovllm"]
+    assert f"Loading {text_model} ..." in messages
+    assert any(re.fullmatch(rf"Loading {text_model}: \d+\.\d s", message) for message in messages)
 
 
 def test_without_progress_bar_nothing_is_printed(

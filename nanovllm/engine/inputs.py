@@ -217,7 +217,7 @@ def is_chat(prompts: Any) -> bool:
     """True for a conversation, or a list or array of them: dicts that are no tokenizer's output."""
     first = prompts
     for _ in range(2):
-        is_array = getattr(first, "dtype", None) == object
+        is_array = str(getattr(first, "dtype", "")) == "object"
         if not (is_array or isinstance(first, (list, tuple))) or len(first) == 0:
             break
         first = first[0]

@@ -9,8 +9,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn, cast
 
-from tqdm import tqdm
-
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
@@ -27,6 +25,7 @@ from nanovllm.engine.inputs import (
 )
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.outputs import Launched
+from nanovllm.engine.progress import Progress
 from nanovllm.engine.results import Stream, result
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -179,7 +178,7 @@ class LLMEngine:
         Args:
             prompts: texts, lists of token ids, or one prompt of either kind.
             sampling_params: one for all prompts, or one for each.
-            use_tqdm: show the prompts done and the prefill and decode speed.
+            use_tqdm: show the prompts done, the tokens, and the prefill and decode speed.
 
         Returns:
             For each prompt, in order:
@@ -348,19 +347,11 @@ class LLMEngine:
     def _run_until_finished(self, seqs: list[Sequence], use_tqdm: bool) -> None:
         """Step, or have another thread step, until all of `seqs` have ended."""
         own = {seq.seq_id for seq in seqs}
-        speeds = {"Prefill": "-", "Decode": "-"}
-        with tqdm(total=len(seqs), desc="Generating", disable=not use_tqdm) as progress:
-
-            def show(num_tokens: int, seconds: float) -> None:
-                if use_tqdm and num_tokens:
-                    kind = "Prefill" if num_tokens > 0 else "Decode"
-                    speeds[kind] = f"{abs(num_tokens) / seconds:.0f}tok/s"
-                    progress.set_postfix(speeds, refresh=False)
-
+        with Progress(seqs, use_tqdm) as progress:
             while own:
-                self._step_until(partial(self._has_ended_one_of, own), show)
+                self._step_until(partial(self._has_ended_one_of, own), progress.count_step)
                 left = own & self._requests.keys()
-                progress.update(len(own) - len(left))
+                progress.count_prompts(len(own) - len(left))
                 own = left
 
     def _has_ended_one_of(self, seq_ids: set[int]) -> bool:

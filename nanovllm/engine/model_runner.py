@@ -31,6 +31,7 @@ from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
 from nanovllm.utils.loader import fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget, require_memory
+from nanovllm.utils.timer import logged
 
 logger = logging.getLogger("nanovllm")
 _building = Lock()
@@ -68,7 +69,8 @@ class ModelRunner:
             self.model = self._load_model()
             self._allocate_step_memory()
             if kernels.usable(self.device):
-                self._compile_kernels()
+                with logged("Compiling kernels"):
+                    self._compile_kernels()
             self.graphs: DecodeGraphs | None = None
             self.num_blocks = config.num_kvcache_blocks
             if self.num_blocks == -1:
@@ -81,7 +83,8 @@ class ModelRunner:
                 self._warm_up()
             if self._can_capture():
                 self.graphs = self._make_graphs()
-                self.graphs.capture(self.graphs.sizes)
+                with logged(f"Capturing {len(self.graphs.sizes)} CUDA graphs"):
+                    self.graphs.capture(self.graphs.sizes)
         gib = self.kv_cache.nbytes / 2**30
         taken = ", taken as it fills" if self.device.type == "cpu" else ""
         logger.info(
@@ -147,10 +150,11 @@ class ModelRunner:
         config, backend = self.config, BACKENDS[self.backend]
         options = {"device": self.device, "dtype": self.dtype}
         model = Qwen3ForCausalLM(config.model_config, backend, config.max_model_len, **options)
-        if self.config.load_format == "dummy":
-            fill_random(model)
-        else:
-            load_weights(model, self.config.model_dir)
+        with logged(f"Loading {config.model_dir}"):
+            if config.load_format == "dummy":
+                fill_random(model)
+            else:
+                load_weights(model, config.model_dir)
         return model.eval()
 
     def _allocate_step_memory(self) -> None:

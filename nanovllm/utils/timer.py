@@ -1,5 +1,6 @@
-"""Timer: where the time goes, by named region."""
+"""Timer: where the time goes, by named region. logged: what takes long says so."""
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -9,8 +10,18 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+logger = logging.getLogger("nanovllm")
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@contextmanager
+def logged(what: str) -> Iterator[None]:
+    """Tell the logger what begins, and how long it took."""
+    logger.info("%s ...", what)
+    begin_s = time.perf_counter()
+    yield
+    logger.info("%s: %.1f s", what, time.perf_counter() - begin_s)
 
 
 class Timer:
