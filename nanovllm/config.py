@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nanovllm.model_config import DTYPES, ModelConfig
 from nanovllm.sampling_params import require_bool, require_float, require_int
@@ -26,6 +26,24 @@ INT_OPTIONS: dict[str, tuple[int, int | None]] = {
     "eos": (-1, None),
 }
 FLASH_BLOCK_STEP = 256  # flash-attn's paged cache takes no others
+
+
+class Options(TypedDict, total=False):
+    """The options of an engine, for whoever checks types: what Config takes but for `model`."""
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    gpu_memory_utilization: float
+    enforce_eager: bool
+    tensor_parallel_size: int
+    kvcache_block_size: int
+    num_kvcache_blocks: int
+    eos: int
+    device: str
+    dtype: str
+    attention_backend: str
+    load_format: str
 
 
 @dataclass(slots=True)
@@ -56,7 +74,7 @@ class Config:
             contradict one another, or a model that is not supported.
     """
 
-    model: str
+    model: str | Path
     max_num_batched_tokens: int = 16384
     max_num_seqs: int = 512
     max_model_len: int = 4096
@@ -74,7 +92,7 @@ class Config:
     model_config: ModelConfig = field(init=False)
 
     @classmethod
-    def from_options(cls, model: str, options: Mapping[str, Any]) -> "Config":
+    def from_options(cls, model: str | Path, options: Mapping[str, Any]) -> "Config":
         """Config(model, **options), with an error that names an unknown option and its like."""
         known = [entry.name for entry in fields(cls) if entry.init and entry.name != "model"]
         for name in options:

@@ -70,15 +70,34 @@ def test_lint_and_format() -> None:
         assert result.returncode == 0, result.stdout
 
 
-BOOKKEEPING = tuple(
-    f"nanovllm/{name}" for name in ("engine", "config.py", "model_config.py", "sampling_params.py")
-)
-
-
-@pytest.mark.beside(sys.executable, "-m", "mypy", "--strict", *BOOKKEEPING)
-def test_bookkeeping_passes_strict_type_checks(command: Command) -> None:
+@pytest.mark.beside(sys.executable, "-m", "mypy")
+def test_the_package_passes_strict_type_checks(command: Command) -> None:
     status, output = command.finish()
     assert status == 0, output
+
+
+USERS_SCRIPT = ROOT / "tests" / "typed_script.py"
+
+
+@pytest.mark.beside(sys.executable, "-m", "mypy", str(USERS_SCRIPT))
+def test_a_users_type_checker_finds_mistakes_and_nothing_else(command: Command) -> None:
+    _, output = command.finish()
+    errors = re.findall(r"typed_script\.py:(\d+): error: (.*)", output)
+    lines = enumerate(USERS_SCRIPT.read_text().splitlines(), 1)
+    expected = {n: line.split("# finds: ")[1] for n, line in lines if "# finds: " in line}
+    assert [int(number) for number, _ in errors] == list(expected), output
+    assert all(expected[int(number)] in message for number, message in errors), output
+
+
+def test_the_types_of_the_options_are_those_of_config() -> None:
+    from dataclasses import fields
+    from typing import get_type_hints
+
+    from nanovllm.config import Config, Options
+
+    options = {field.name for field in fields(Config) if field.init and field.name != "model"}
+    hints = get_type_hints(Config)
+    assert get_type_hints(Options) == {name: hints[name] for name in options}
 
 
 def test_imports_point_down() -> None:

@@ -1,7 +1,7 @@
 """DecodeGraphs: a decode step as one CUDA graph, from token ids to sampled token ids."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,9 +79,7 @@ class StepTensors(NamedTuple):
     seeds: Tensor
     filters: Filters | None
 
-    def context(
-        self, block_size: int, workspace: tuple[Tensor, ...] | None, key_lens: list[int]
-    ) -> Context:
+    def context(self, block_size: int, workspace: Any, key_lens: list[int]) -> Context:
         """The step's layout; key_lens: context_lens on the host, empty if unknown there."""
         return Context(
             is_prefill=False,
@@ -104,7 +102,7 @@ class Staging:
         self.floats = self.inputs.fields[4:7].view(torch.float32).numpy()
         self.seeds = self.inputs.fields[7:].flatten().view(torch.int64).numpy()
         self.block_tables = self.inputs.block_tables.numpy()
-        self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.copied = torch.cuda.Event()
 
     def write(self, rows: list[DecodeRow], num_padded: int) -> None:
         """Write the rows, then padding up to num_padded: no slot, context length 0."""

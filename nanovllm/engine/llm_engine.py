@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Unpack, cast
 
-from nanovllm.config import Config
+from nanovllm.config import Config, Options
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.inputs import (
@@ -26,7 +26,7 @@ from nanovllm.engine.inputs import (
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.outputs import Launched
 from nanovllm.engine.progress import Progress
-from nanovllm.engine.results import Stream, result
+from nanovllm.engine.results import Result, Stream, result
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import find_hidden_ids, find_stop_ids, load_tokenizer
@@ -61,7 +61,7 @@ class LLMEngine:
         TypeError, ValueError: an unknown option, or whatever Config and ModelRunner refuse.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str | Path, **options: Unpack[Options]) -> None:
         config = Config.from_options(model, options)
         self.config = config
         with ThreadPoolExecutor(1) as pool:  # beside the model: importing it takes seconds
@@ -172,7 +172,7 @@ class LLMEngine:
         prompts: Prompt | ListLike[Prompt],
         sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
         use_tqdm: bool = True,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Result]:
         """Complete prompts.
 
         Args:
@@ -212,7 +212,7 @@ class LLMEngine:
         sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
         use_tqdm: bool = True,
         **template_options: Any,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Result]:
         """Complete conversations, each written out by the tokenizer's chat template.
 
         Args:

@@ -1,6 +1,6 @@
 """What callers are given of a request: its result, or, in a stream, the pieces of it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from nanovllm.engine.sequence import News, Sequence
 
@@ -8,9 +8,32 @@ if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
 
 
-def result(seq: Sequence, tokenizer: Any | None) -> dict[str, Any]:
+class Result(TypedDict):
+    """What `generate` and `chat` give of a request; logprobs only where asked for."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: str | int | None
+    prompt_token_ids: list[int]
+    num_cached_tokens: int
+    logprobs: NotRequired[list[dict[int, float]]]
+
+
+class Piece(TypedDict):
+    """What a stream gives of a request at a time; logprobs only where asked for."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: str | int | None
+    logprobs: NotRequired[list[dict[int, float]]]
+
+
+def result(seq: Sequence, tokenizer: Any | None) -> Result:
     """What `LLMEngine.generate` gives for a sequence that has ended."""
-    whole: dict[str, Any] = {
+    whole: Result = {
         "text": _text(seq, tokenizer),
         "token_ids": seq.completion_token_ids,
         "finish_reason": seq.finish_reason,
@@ -59,12 +82,12 @@ class StreamedSequence:
             news.finish_reason is not None and not self.is_told_the_end
         )
 
-    def take_news(self) -> dict[str, Any]:
+    def take_news(self) -> Piece:
         """The new tokens, text and log-probabilities, and how the request ended if it has."""
         seq, news, given = self.seq, self.seq.news, self._given
         new, start = slice(given.num_tokens, news.num_tokens), seq.num_prompt_tokens
         detokenizer = seq.detokenizer
-        piece: dict[str, Any] = {
+        piece: Piece = {
             "index": self.index,
             "text": detokenizer.text[given.num_chars : news.num_chars] if detokenizer else "",
             "token_ids": seq.token_ids[start + new.start : start + new.stop],
@@ -94,7 +117,7 @@ class Stream:
     def __iter__(self) -> "Stream":
         return self
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Piece:
         """What is new of one request.
 
         Raises:
@@ -114,7 +137,7 @@ class Stream:
             raise StopIteration
         return piece
 
-    def _next_piece(self) -> dict[str, Any] | None:
+    def _next_piece(self) -> Piece | None:
         if not self._is_queued:
             self._is_queued = True
             self._engine._enqueue(self._seqs)

@@ -1,6 +1,7 @@
 """What the kernels' launch choices depend on: properties of the GPU, asked once."""
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +22,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program can have."""
     if device.type != "cuda":
         return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 @cache

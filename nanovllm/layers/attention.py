@@ -204,10 +204,13 @@ def triton_prefill(inputs: AttentionInputs) -> Tensor:
     tables, block_size = context.block_tables, 0
     if tables is not None:
         key, value, block_size = k_cache, v_cache, context.block_size
+    assert key is not None
     if hopper_attention.is_faster(query, context.query_lens, block_size):
         tiles = context.query_tiles
         return hopper_attention.hopper_prefill(query, key, value, tiles, scale, tables)
-    lengths = context.cu_seqlens_q, context.cu_seqlens_k, context.max_query_len
+    cu_seqlens_q, cu_seqlens_k = context.cu_seqlens_q, context.cu_seqlens_k
+    assert cu_seqlens_q is not None and cu_seqlens_k is not None
+    lengths = cu_seqlens_q, cu_seqlens_k, context.max_query_len
     return paged_prefill(query, key, value, *lengths, scale, tables)
 
 
@@ -225,8 +228,10 @@ def triton_decode(inputs: AttentionInputs) -> Tensor:
     from nanovllm.kernels.attention import paged_decode
 
     query, _, _, k_cache, v_cache, scale, context = inputs
-    keys = k_cache, v_cache, context.block_tables, context.context_lens
-    return paged_decode(query, *keys, scale, workspace=context.decode_workspace)
+    tables, lens = context.block_tables, context.context_lens
+    assert tables is not None and lens is not None
+    workspace = context.decode_workspace
+    return paged_decode(query, k_cache, v_cache, tables, lens, scale, workspace=workspace)
 
 
 class Backend(NamedTuple):
@@ -334,6 +339,7 @@ class Attention(nn.Module):
         Returns:
             [num_tokens, num_heads * head_dim].
         """
+        assert context.positions is not None
         query, key, value = self.qk_norm_rope_store(
             qkv,
             *norms,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class Context:
     block_tables: Tensor | None = None
     positions: Tensor | None = None
     logit_rows: Tensor | None = None
-    decode_workspace: "tuple[Tensor, ...] | None" = None
+    decode_workspace: Any = None
 
     @cached_property
     def max_query_len(self) -> int:
