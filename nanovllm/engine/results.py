@@ -104,12 +104,13 @@ class Stream:
     """An iterator over the pieces of some requests, as their tokens come.
 
     Nothing is queued before the first piece is asked for. Its requests are aborted when it is
-    closed, dropped or left by an exception.
+    closed, dropped or left by an exception. `num_prompt_tokens`: of all its prompts.
     """
 
     def __init__(self, engine: "LLMEngine", seqs: list[Sequence]) -> None:
         self._engine = engine
         self._seqs = seqs
+        self.num_prompt_tokens = sum(seq.num_prompt_tokens for seq in seqs)
         self._is_queued = self._is_closed = False
         self._left = [StreamedSequence(index, seq) for index, seq in enumerate(seqs)]
         self._round = iter(self._left)
