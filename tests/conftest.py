@@ -120,6 +120,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         command.finish()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--measured", action="store_true", help="print what the tests measured")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TALLY_KEY] = Tally()
     config.stash[COMMANDS_KEY] = {}
@@ -129,6 +133,8 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     tally = config.stash[TALLY_KEY]
+    if not config.getoption("--measured"):
+        return
     if tally.counts or tally.maxima:
         terminalreporter.section("measured")
     for name, amount in sorted(tally.counts.items()):

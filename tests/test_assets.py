@@ -12,6 +12,8 @@ from conftest import TINY, load_tasks
 
 from nanovllm import LLM, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NUM_SEEDS = 20
 NUM_INSTANCES = 12  # of each family here; the README's figures are on 100

@@ -19,6 +19,8 @@ from conftest import TINY, Tally
 
 from nanovllm import LLM, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 HELLO = [{"role": "user", "content": "introduce yourself"}]
 PRIMES = [{"role": "user", "content": "list all prime numbers within 20"}]

@@ -44,6 +44,8 @@ from nanovllm.engine.outputs import Launched
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
+pytestmark = pytest.mark.slow
+
 VOCAB_SIZE = 200
 MAX_MODEL_LEN = 64
 

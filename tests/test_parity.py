@@ -27,6 +27,8 @@ from conftest import (
 
 from nanovllm import LLM, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 RUN_SEED = os.environ.get("NANOVLLM_TEST_SEED") or str(secrets.randbelow(10**6))
 NUM_MODELS = 12
 MAX_LOGITS_ERROR = 1e-5  # of the largest logit

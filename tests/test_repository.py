@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -122,6 +123,26 @@ def test_requirements_satisfy_what_the_package_claims() -> None:
         if requirement.name == "nanovllm":
             continue
         assert requirement.specifier.contains(versions[requirement.name]), requirement
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_all_that_is_needed_to_test_it(tmp_path: Path) -> None:
+    """Whatever git keeps."""
+    source = tmp_path / "source"
+    tracked = run("git", "ls-files").stdout.splitlines()
+    if not tracked:
+        pytest.skip("no git checkout")
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    command = [sys.executable, "-c", build]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert set(tracked) <= names
 
 
 def test_wheel_holds_the_whole_package(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import ClassVar, cast
 from zlib import crc32
 
+import pytest
 from conftest import Tally
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
@@ -48,6 +49,8 @@ WHAT_MUST_HAVE_HAPPENED = (
     "steps broken off",
     "requests finished",
 )
+
+pytestmark = pytest.mark.slow
 
 History = bytes
 """The token ids of positions 0..n-1, one byte each."""

@@ -22,6 +22,8 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 
+pytestmark = pytest.mark.slow
+
 VOCAB_SIZE = 307
 MAX_TOKENS = 20
 
@@ -197,13 +199,17 @@ def test_exit_in_another_thread_ends_every_call(tiny_model: Path) -> None:
     begun = threading.Event()
     llm.observers.append(lambda *_: begun.set())
 
+    def go_on(index: int) -> None:
+        while True:
+            (generated if index % 2 else streamed)(llm, [1, 2, 3] * index, 80)
+
     def use(index: int) -> None:
         if index == 0:
             assert begun.wait(30)
             llm.exit()
         else:
             with pytest.raises(RuntimeError, match="shut down"):
-                (generated if index % 2 else streamed)(llm, [1, 2, 3] * index, 80)
+                go_on(index)
 
     in_threads(5, use)
 

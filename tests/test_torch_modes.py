@@ -13,6 +13,8 @@ from conftest import completions, random_prompts
 
 from nanovllm import LLM, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, Any] = {"device": "cpu", "max_model_len": 64, "max_num_seqs": 4}
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "inference_mode": torch.inference_mode,
