@@ -48,6 +48,8 @@ from nanovllm.utils.context import cut_queries
 
 pytest.importorskip("triton")
 
+from nanovllm.kernels.small_linear import small_linear_counters
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -79,6 +81,7 @@ if not (INTERPRETED or CUDA):
         TRITON_INTERPRET="1",
         OMP_NUM_THREADS="1",
     )
+    @pytest.mark.slow
     def test_interpreted(command: Command) -> None:
         """The tests below, interpreted, in another process: Triton reads the flag on import."""
         status, output = command.finish()
@@ -1004,8 +1007,6 @@ def test_a_layer_fills_out_and_adds_to_its_residual_once(
     num_tokens: int, bias: bool, dtype: torch.dtype
 ) -> None:
     """Whichever way it takes for so many tokens."""
-    from nanovllm.kernels.small_linear import small_linear_counters
-
     layer = Linear(96, 40, bias=bias).to(DEVICE, dtype)
     small = partial(small_batch, counters=small_linear_counters(40, DEVICE))
     layer.products = {2: few_tokens, 64: small, math.inf: plain}
@@ -1022,6 +1023,41 @@ def test_a_layer_fills_out_and_adds_to_its_residual_once(
     assert close(layer(rms_norm(x, norm.weight, EPS)), layer(x, norm=norm))
     expected = residual.double() + exact
     assert close(layer(x, residual), expected)
+
+
+@runs_kernels
+@dtypes
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 64, 65])
+def test_every_product_does_what_the_plain_one_does(num_tokens: int, dtype: torch.dtype) -> None:
+    """With and without a norm, gated and not; of no tokens too, as the head is asked for."""
+    norm = RMSNorm(96, EPS, device=DEVICE, dtype=dtype)
+    norm.weight.data.uniform_(0.5, 1.5)
+    x = randn(num_tokens, 96, dtype=dtype)
+    for kind in (Linear, GatedLinear):
+        layer = kind(96, 40, device=DEVICE, dtype=dtype)
+        layer.weight.data.normal_(std=0.1)
+        small = partial(small_batch, counters=small_linear_counters(80, DEVICE))
+        for given in (None, norm):
+            layer.products = {math.inf: plain}
+            expected = layer(x, norm=given)
+            layer.products = {2: few_tokens, 64: small, math.inf: plain}
+            found = layer(x, norm=given)
+            assert found.shape == expected.shape
+            assert num_tokens == 0 or close(found, expected.double())
+
+
+def test_a_layer_takes_the_product_that_its_table_has_for_so_many_tokens() -> None:
+    taken: list[str] = []
+
+    def product(name: str) -> Callable[..., Tensor]:
+        return lambda inputs: taken.append(name) or plain(inputs)  # type: ignore[func-returns-value]
+
+    layer = Linear(8, 8)
+    layer.weight.data.normal_()
+    layer.products = {2: product("few"), 64: product("small"), math.inf: product("many")}
+    for num_tokens in (0, 1, 2, 3, 64, 65, 1000):
+        layer(torch.randn(num_tokens, 8))
+    assert taken == ["few"] * 3 + ["small"] * 2 + ["many"] * 2
 
 
 def test_launches_of_other_descriptors_are_told_apart() -> None:
@@ -1099,7 +1135,8 @@ def test_dry_prefills_reach_what_any_step_launches(monkeypatch: pytest.MonkeyPat
         tokens, seqs, length = (rng.choice(choices) for _ in range(3))
         all_sizes = linear_sizes | triton_prefill_sizes(length)
         steps = dry_prefills(all_sizes, tokens, seqs, length)
-        assert all(max(step) <= max(length, 257) and min(step) > 0 for step in steps)
+        assert all(max(step) <= length and min(step) > 0 for step in steps)
+        assert all(sum(step) <= min(tokens, seqs * length) for step in steps)
         assert all(len(step) <= seqs for step in steps)
         most = min(tokens, seqs * length)
         assert set(map(kind, range(1, most + 1))) <= {kind(sum(step)) for step in steps}
@@ -1210,6 +1247,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         gemv.matvec(empty(1, 12288), empty(4096, 12288), residual=x[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
 @pytest.mark.parametrize(("capability", "name"), LAUNCHES)
 def test_every_launch_fits_the_gpu(

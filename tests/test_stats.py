@@ -8,7 +8,8 @@ from conftest import ModelSpec, completions, greedy, is_idle, random_prompts
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.outputs import Launched
+from nanovllm.engine.scheduler import Batch, Scheduler
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu",
@@ -119,6 +120,46 @@ def test_observers_are_told_of_every_step_in_order(
     assert [batch.is_prefill for batch in launched] == [True, False, False]
     assert batches["scheduled"] == batches["launched"]
     assert batches["read"] == batches["processed"] == launched
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True], ids=["plain", "overlapped"])
+def test_what_an_event_tells_is_true_when_it_is_told(
+    runs_ahead: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelRunner, "runs_ahead", runs_ahead)
+    calls: list[str] = []
+    for owner, name in (
+        (Scheduler, "schedule"), (ModelRunner, "launch"), (Launched, "token_ids"),
+        (Scheduler, "postprocess"),
+    ):  # fmt: skip
+        real = getattr(owner, name)
+
+        def noted(*args: Any, real: Any = real, name: str = name) -> Any:
+            result = real(*args)
+            calls.append(name)
+            return result
+
+        monkeypatch.setattr(owner, name, noted)
+    with LLM(str(tiny_model), device="cpu", max_model_len=64) as llm:
+        llm.observers.append(lambda event, batch: calls.append(event) if batch else None)
+        completions(llm, [[1, 2, 3]], max_tokens=2)
+    pairs = {"scheduled": "schedule", "launched": "launch", "read": "token_ids"}
+    pairs["processed"] = "postprocess"
+    for at, call in enumerate(calls):
+        if call in pairs:
+            assert calls[at - 1] == pairs[call]
+
+
+def test_an_observer_may_take_itself_off_the_list(tiny_model: Path) -> None:
+    seen: list[str] = []
+
+    def once(event: str, _: Batch | None) -> None:
+        llm.observers.remove(once)
+
+    with LLM(str(tiny_model), device="cpu", max_model_len=64) as llm:
+        llm.observers += [once, lambda event, _: seen.append(event)]
+        completions(llm, [[1]], max_tokens=1)
+    assert seen == ["begin", "scheduled", "launched", "read", "processed"]
 
 
 def test_an_observer_that_raises_ends_the_call_and_does_no_harm(tiny_model: Path) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn, Unpack, cast
+from typing import Any, Literal, NoReturn, Unpack, cast
 
 from nanovllm.config import Config, Options
 from nanovllm.engine.block_manager import BlockManager
@@ -36,7 +36,8 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import read_config, resolve_model_dir
 
 # Told of a step with what has just happened to it: see LLMEngine.
-Observer = Callable[[str, Batch | None], object]
+Event = Literal["begin", "scheduled", "launched", "read", "processed"]
+Observer = Callable[[Event, Batch | None], object]
 
 
 class LLMEngine:
@@ -438,8 +439,8 @@ class LLMEngine:
         self._in_flight = self._launch(runner, in_flight=previous is not None)
         return previous
 
-    def _tell(self, event: str, batch: Batch | None) -> None:
-        for observer in self.observers:
+    def _tell(self, event: Event, batch: Batch | None) -> None:
+        for observer in tuple(self.observers):
             observer(event, batch)
 
     def _enqueue(self, seqs: list[Sequence]) -> None:

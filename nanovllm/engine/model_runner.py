@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from itertools import product
 from pathlib import Path
 from threading import Lock
 
@@ -229,9 +228,8 @@ class ModelRunner:
         """Compile every kernel that a step of any size launches, so that no later step has to."""
         from nanovllm.kernels.launch import compiling_ahead
 
-        backend, max_model_len = BACKENDS[self.backend], self.config.max_model_len
-        # Attention that loops over the sequences is no kernel of ours: there fewer sizes differ.
-        num_seqs = min(self.config.max_num_seqs, 64 if backend.loops_on_host else 2**31)
+        config, backend = self.config, BACKENDS[self.backend]
+        num_seqs, max_model_len = config.max_num_seqs, config.max_model_len
         inputs = StepInputs(num_seqs, self.blocks_per_seq, self.device)
         self._bind_kv_cache(1)
         layers = self.model.model.layers
@@ -239,13 +237,17 @@ class ModelRunner:
         self.model.model.layers = nn.ModuleList([layers[0], layers[-1]])
         linears = [module for module in self.model.modules() if isinstance(module, Linear)]
         sizes = set().union(*(first_sizes(linear.products) for linear in linears))
-        limits = self.config.max_num_batched_tokens, num_seqs, max_model_len
+        # A decode has as many tokens as sequences: the linear layers are no others.
+        limits = max(config.max_num_batched_tokens, num_seqs), num_seqs, max_model_len
         prefills = dry_prefills(sizes | backend.prefill_sizes(max_model_len), *limits)
         # Each plan of decode attention is for four times as many sequences as the one before.
         decodes = sizes | {1 << n for n in range(num_seqs.bit_length())} | {num_seqs}
+        if backend.loops_on_host:  # its attention is no kernel, and the head differs up to 64 rows
+            decodes = {size for size in decodes if size <= 65}
         with compiling_ahead(self.device):
-            for lengths, from_cache in product(prefills, (False, True)):
-                self._run_empty_prefill(lengths, from_cache)
+            for lengths in prefills:
+                for from_cache in (False, True):
+                    self._run_empty_prefill(lengths, from_cache)
             for size in {min(size, num_seqs) for size in decodes}:
                 self._decode_step(inputs.tensors(size), [1] * size)
         self.model.model.layers = layers

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nanovllm.kernels import kernel_of
+from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.products import LinearInputs, product_table
 
@@ -30,6 +32,7 @@ class Linear(nn.Module):
 
         self.weight = parameter(output_size, input_size)
         self.bias = parameter(output_size) if bias else None
+        self.act = kernel_of(silu_and_mul, "fused", self.weight.device) if self.is_gated else None
         self.products = product_table(self.weight, self.is_gated, self.is_head)
 
     def forward(
@@ -52,7 +55,7 @@ class Linear(nn.Module):
         assert out is None or (residual is None and self.bias is None)
         num_tokens = len(x)
         product = next(p for most, p in self.products.items() if num_tokens <= most)
-        return product(LinearInputs(x, self.weight, self.is_gated, self.bias, norm, residual, out))
+        return product(LinearInputs(x, self.weight, self.act, self.bias, norm, residual, out))
 
 
 class MergedLinear(Linear):

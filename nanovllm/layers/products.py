@@ -14,22 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 
 
 class LinearInputs(NamedTuple):
     """What a product is given: residual + (norm(x) @ weight.T + bias) is wanted.
 
-    x: [num_tokens, input_size]. weight: [num_rows, input_size]. is_gated: SiLU of the first half of
-    the product's columns, times the second half, is wanted. bias: [num_rows]. residual:
-    [num_tokens, num_rows], may be overwritten. out: [num_tokens, num_rows], to be filled; only
-    where nothing follows the matrix product. None: there is none of it.
+    x: [num_tokens, input_size]. weight: [num_rows, input_size]. act: for a gated layer, what makes
+    SiLU of the first half of the columns, times the second half, of the product. bias: [num_rows].
+    residual: [num_tokens, num_rows], may be overwritten. out: [num_tokens, num_rows], to be filled;
+    only where nothing follows the matrix product. None: there is none of it.
     """
 
     x: Tensor
     weight: Tensor
-    is_gated: bool
+    act: Callable[[Tensor], Tensor] | None
     bias: Tensor | None
     norm: RMSNorm | None
     residual: Tensor | None
@@ -57,7 +56,7 @@ def plain(inputs: LinearInputs) -> Tensor:
         return torch.mm(x, weight.T, out=inputs.out)
     if residual is None:
         y = F.linear(x, weight, bias)
-        return kernels.kernel_of(silu_and_mul, "fused", y.device)(y) if inputs.is_gated else y
+        return y if inputs.act is None else inputs.act(y)
     if bias is None and x.is_cuda:  # within the matrix product, and rounded once
         return residual.addmm_(x, weight.T)
     return residual.add_(F.linear(x, weight, bias))
@@ -67,17 +66,17 @@ def few_tokens(inputs: LinearInputs) -> Tensor:
     """One launch."""
     from nanovllm.kernels.gemv import matvec
 
-    x, weight, is_gated, bias, norm, residual, out = inputs
+    x, weight, act, bias, norm, residual, out = inputs
     norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    return matvec(x, weight, bias, norm_weight, eps, residual, is_gated, out)
+    return matvec(x, weight, bias, norm_weight, eps, residual, act is not None, out)
 
 
 def small_batch(inputs: LinearInputs, counters: Tensor) -> Tensor:
     """The norm's launch and another; counters: from kernels.small_linear."""
     from nanovllm.kernels.small_linear import small_linear
 
-    _, weight, is_gated, bias, _, residual, out = inputs
-    return small_linear(inputs.normed(), weight, bias, counters, residual, is_gated, out)
+    _, weight, act, bias, _, residual, out = inputs
+    return small_linear(inputs.normed(), weight, bias, counters, residual, act is not None, out)
 
 
 def gated_prefill(inputs: LinearInputs) -> Tensor:
@@ -105,33 +104,34 @@ def product_table(weight: Tensor, is_gated: bool = False, is_head: bool = False)
     from nanovllm.kernels.small_linear import TOKEN_BORDERS, small_linear_counters
 
     num_rows, input_size = weight.shape
-    was_measured = weight.element_size() == 2 and is_hopper(weight.device)
+    is_hopper_16_bit = weight.element_size() == 2 and is_hopper(weight.device)
     # Each further token is another pass over the weights in registers: from 3 on the next one is
     # faster, in large layers from 2 on.
     most_few = 2 if min(num_rows, input_size) <= 2048 else 1
-    most_small = _most_small(weight, is_gated, is_head) if was_measured else 0 if is_head else 64
+    most_small = _most_small(weight, is_gated, is_head, was_measured=is_hopper_16_bit)
     table: ProductTable = dict.fromkeys(range(1, most_few + 1), few_tokens)
     small = partial(small_batch, counters=small_linear_counters(num_rows, weight.device))
     table |= {border: small for border in TOKEN_BORDERS if border <= most_small}
     # TMA, which loads tiles for gated_linear, wants rows that begin at multiples of 16 bytes.
-    if is_gated and was_measured and num_rows % 16 == 0 and input_size % 8 == 0:
+    if is_gated and is_hopper_16_bit and num_rows % 16 == 0 and input_size % 8 == 0:
         return table | {2047: plain, math.inf: gated_prefill}
     return table | {math.inf: plain}
 
 
-def _most_small(weight: Tensor, is_gated: bool, is_head: bool) -> int:
-    """Up to how many tokens small_linear is faster than cuBLAS, where that was measured.
+def _most_small(weight: Tensor, is_gated: bool, is_head: bool, was_measured: bool) -> int:
+    """Up to how many tokens small_linear is faster than cuBLAS.
 
-    256 in layers as small as those of Qwen3-0.6B: there a launch that overlaps with the ones before
-    and after it is worth more than cuBLAS's better loop. 128 in gated ones whose programs all run
-    at once, since SiLU * up needs no launch of its own.
+    MAX_TOKENS in layers as small as those of Qwen3-0.6B: there a launch that overlaps with the ones
+    before and after it is worth more than cuBLAS's better loop. Twice FEW_TOKENS in gated ones
+    whose programs all run at once, since SiLU * up needs no launch of its own. Where nothing was
+    measured FEW_TOKENS, but for the head: none.
     """
-    from nanovllm.kernels.small_linear import H100_SMS
+    from nanovllm.kernels.small_linear import FEW_TOKENS, H100_SMS, MAX_TOKENS
 
-    if is_head:
-        return 64
+    if is_head or not was_measured:
+        return 0 if is_head and not was_measured else FEW_TOKENS
     if min(weight.shape) <= 1024 and weight.numel() <= 6144 * 1024:
-        return 256
+        return MAX_TOKENS
     num_programs = -(-len(weight) // 2 // 64) * 2  # of 64 tokens and 64 outputs
     at_once = is_gated and num_programs <= 3 * H100_SMS  # three fit an SM
-    return 128 if at_once else 64
+    return 2 * FEW_TOKENS if at_once else FEW_TOKENS
