@@ -2,8 +2,8 @@
 
 Each names its PyTorch twin, or twins, in nanovllm/layers.
 
-Import nothing from here at the top of another module: triton is missing on many machines. Layers
-ask once, when a model is built, and import a kernel only then.
+Import none of the modules here at the top of another module: triton is missing on many machines.
+Layers ask once, when a model is built, and import a kernel only then.
 """
 
 from functools import cache
