@@ -126,3 +126,12 @@ def test_bench_without_the_gpu_it_is_to_use_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["bench.py", "--device", "cuda"])
     with pytest.raises(SystemExit, match="device='cuda', but torch finds no CUDA GPU"):
         bench.main()
+
+
+def test_the_floor_counts_each_step_once(tiny_model: Path) -> None:
+    with watched(tiny_model) as (llm, spy):
+        floor = bench.Floor(llm, MACHINE)
+        llm.observers.append(floor.observe)
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+    assert (floor.num_prefill_steps, floor.num_decode_steps) == (1, 3)
+    assert len(spy.batches) == 4

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from nanovllm import LLM, SamplingParams
+from nanovllm import config as config_module
 from nanovllm.config import Config
 from nanovllm.layers import attention
 from nanovllm.layers.attention import select_backend
@@ -332,6 +333,7 @@ def test_sliding_windows_are_refused(keys: dict[str, Any], model_dir: ConfigFact
     ("keys", "message"),
     [
         ({"architectures": "Qwen3ForCausalLM"}, "must be a list, got 'Qwen3ForCausalLM'"),
+        ({"architectures": [["Qwen3ForCausalLM"]]}, "['Qwen3ForCausalLM'] is not supported"),
         ({"rope_parameters": "default"}, "rope_parameters must be an object, got 'default'"),
         ({"rope_scaling": ["yarn"]}, "rope_scaling must be an object, got ['yarn']"),
         ({"quantization_config": "awq"}, "quantization_config must be an object, got 'awq'"),
@@ -632,3 +634,29 @@ def test_on_a_cpu_the_dtype_is_float32_unless_asked_for_another(
         assert llm.model_runner is not None
         assert {p.dtype for p in llm.model_runner.model.parameters()} == {expected}
         assert llm.model_runner.kv_cache.dtype == expected
+
+
+def test_every_back_end_is_an_option() -> None:
+    assert set(config_module.ATTENTION_BACKENDS) == set(attention.BACKENDS)
+
+
+@pytest.mark.usefixtures("two_old_gpus")
+@pytest.mark.parametrize("backend", ["flash_attn", "triton"])
+def test_the_largest_head_dim_is_256(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    case = torch.device("cuda", 1), torch.float16, 256
+    assert select_backend(backend, *case, head_dim=256) == backend
+    with pytest.raises(ValueError, match="head_dim 272"):
+        select_backend(backend, *case, head_dim=272)
+
+
+def test_only_pytorchs_attention_loops_on_the_host() -> None:
+    assert [name for name, b in attention.BACKENDS.items() if b.loops_on_host] == ["torch"]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_qwen2_has_biases_on_q_k_and_v_alone(has_bias: bool) -> None:
+    """Whatever attention_bias says."""
+    config = model_config(architectures=["Qwen2ForCausalLM"], attention_bias=has_bias)
+    assert (config.qkv_bias, config.output_bias, config.qk_norm) == (True, False, False)
