@@ -80,6 +80,8 @@ class Turns:
             except ValueError:
                 pass
             self._wake(0)
+        if self._notes and not self._line:  # left when this thread had looked for the last time
+            self.take(lambda: None)
 
     def change(self, change: Callable[[], T]) -> T:
         """Make a change in one's turn: what was broken is repaired, and notes are carried out."""
@@ -99,8 +101,6 @@ class Turns:
         if self.is_inside():
             return
         self.take(lambda: None, lambda: not waits or change not in self._notes)
-        if self._notes and not self._line:  # whoever was to make it had just looked
-            self.take(lambda: None)
 
     def _wait(self, place: _Place) -> bool:
         """Wait until it is the turn of a place (True) or there is news for it."""
