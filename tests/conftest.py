@@ -205,6 +205,13 @@ class ModelSpec:
         )
 
 
+def rope_options(theta: float) -> dict[str, Any]:
+    """The base of the rotary embedding, as this version of transformers is told it."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return {"rope_theta": theta}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
 def make_hf_model(spec: ModelSpec) -> nn.Module:
     """The model in transformers, float32; norms and biases random too, so that none can be lost."""
     sizes: dict[str, Any] = {
@@ -217,7 +224,7 @@ def make_hf_model(spec: ModelSpec) -> nn.Module:
         "head_dim": spec.head_dim,
         "max_position_embeddings": spec.max_position_embeddings,
         "tie_word_embeddings": spec.tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
+        **rope_options(spec.rope_theta),
         "rms_norm_eps": spec.rms_norm_eps,
         "initializer_range": spec.initializer_range,
     }

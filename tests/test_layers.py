@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CheckpointFactory, ModelSpec, completions, random_prompts, watched
+from conftest import (
+    CheckpointFactory,
+    ModelSpec,
+    completions,
+    random_prompts,
+    rope_options,
+    watched,
+)
 from torch import Tensor
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
@@ -466,11 +473,7 @@ def test_rotary_embedding_is_that_of_transformers(dtype: torch.dtype, theta: flo
     torch.manual_seed(0)
     positions = torch.tensor([0, 1, 2, 255, 256, 1000, 40959])
     q, k = torch.randn(7, 4, 32).to(dtype), torch.randn(7, 2, 32).to(dtype)
-    config = Qwen3Config(
-        head_dim=32,
-        max_position_embeddings=40960,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-    )
+    config = Qwen3Config(head_dim=32, max_position_embeddings=40960, **rope_options(theta))
     cos, sin = Qwen3RotaryEmbedding(config)(q.float(), positions[None])
     expected = apply_rotary_pos_emb(q.float(), k.float(), cos[0], sin[0], unsqueeze_dim=1)
     rotary = RotaryEmbedding(32, max_positions=40960, theta=theta)
