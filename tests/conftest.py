@@ -37,6 +37,8 @@ torch.set_num_threads(1)
 
 transformers.utils.logging.disable_progress_bar()
 
+IS_V5 = int(transformers.__version__.split(".")[0]) >= 5  # and not 4
+
 # Two logits closer than this share of the logits' scale may swap places by rounding alone.
 NEAR_TIE = 1e-5
 TINY = Path(__file__).parents[1] / "assets" / "tiny-qwen3"  # the trained checkpoint
@@ -207,7 +209,7 @@ class ModelSpec:
 
 def rope_options(theta: float) -> dict[str, Any]:
     """The base of the rotary embedding, as this version of transformers is told it."""
-    if int(transformers.__version__.split(".")[0]) < 5:
+    if not IS_V5:
         return {"rope_theta": theta}
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
@@ -418,7 +420,8 @@ class Reference:
     """
 
     def __init__(self, model: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        self.model = load(model, **{"dtype" if IS_V5 else "torch_dtype": dtype}).eval()
         self._logits: dict[tuple[int, ...], Tensor] = {}
 
     def logits(self, prompt: list[int], completion: list[int]) -> Tensor:
