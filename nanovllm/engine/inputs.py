@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as ListLike
+from functools import lru_cache
 from inspect import signature
 from operator import index
 from typing import Any, TypeVar
@@ -195,22 +196,33 @@ def as_chat_prompts(
 
 def _check_template_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
     """Raise TypeError for an option that neither the chat template nor the tokenizer looks at."""
-    from jinja2 import Environment, TemplateSyntaxError, meta
-
+    if not options:
+        return
     given = options.get("chat_template") or tokenizer.chat_template
     templates = given.values() if isinstance(given, dict) else [given]
     known = set(signature(tokenizer.apply_chat_template).parameters)
-    try:
-        for template in templates:
-            known |= meta.find_undeclared_variables(Environment().parse(template))
-    except TemplateSyntaxError:  # tags of the tokenizer's own, or a mistake that it will tell
-        return
+    for template in templates:
+        variables = _variables(template)
+        if variables is None:
+            return
+        known |= variables
     if unknown := [name for name in options if name not in known]:
         used = sorted(known - {"self", "conversation", "messages", "tokenize", "kwargs"})
         raise TypeError(
             f"the chat template does not use {unknown[0]!r}; it, or the tokenizer, uses "
             f"{', '.join(used)}"
         )
+
+
+@lru_cache(maxsize=16)
+def _variables(template: str) -> frozenset[str] | None:
+    """The names that a template is to be given; None if that cannot be told."""
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    try:
+        return frozenset(meta.find_undeclared_variables(Environment().parse(template)))
+    except TemplateSyntaxError:  # tags of the tokenizer's own, or a mistake that it will tell
+        return None
 
 
 def is_chat(prompts: Any) -> bool:

@@ -356,7 +356,7 @@ class LLMEngine:
                 own = left
 
     def _has_ended_one_of(self, seq_ids: set[int]) -> bool:
-        return len(seq_ids & self._requests.keys()) < len(seq_ids)
+        return not self._requests.keys() >= seq_ids
 
     def _step_until(
         self,
