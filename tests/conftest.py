@@ -99,11 +99,15 @@ COMMANDS_KEY = pytest.StashKey[dict[str, Command]]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start what tests marked `beside` will wait for: it takes long, and the tests one core."""
+    """Start what tests marked `beside` will wait for: it takes long, and the tests one core.
+
+    Tests with the same mark share a process.
+    """
     commands = session.config.stash[COMMANDS_KEY]
     for item in () if session.config.option.collectonly else session.items:
-        if mark := item.get_closest_marker("beside"):
-            commands[item.nodeid] = Command(*mark.args, **mark.kwargs)
+        mark = item.get_closest_marker("beside")
+        if mark and str(mark) not in commands:
+            commands[str(mark)] = Command(*mark.args, **mark.kwargs)
     # Every engine that is shut down collects garbage: a third of a second with all that was
     # imported until here to look at.
     gc.collect()
@@ -113,7 +117,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture
 def command(request: pytest.FixtureRequest) -> Command:
     """The process of a test marked `beside`."""
-    return request.config.stash[COMMANDS_KEY][request.node.nodeid]
+    mark = request.node.get_closest_marker("beside")
+    return request.config.stash[COMMANDS_KEY][str(mark)]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
