@@ -5,15 +5,19 @@ and a small workload with the tiny checkpoint on a CPU.
 """
 
 import argparse
+import json
 import logging
 import math
+import platform
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from itertools import chain
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -50,6 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="one more run that shows where the time goes"
     )
+    parser.add_argument("--json", type=Path, help="a file to which each run adds a line of figures")
     engine = parser.add_argument_group("engine options (see nanovllm.config.Config)")
     engine.add_argument("--device", default="auto")
     engine.add_argument("--dtype", default="auto")
@@ -301,8 +306,10 @@ def print_profile(title: str, timer: Timer) -> None:
         print(f"  {name:<30} {total_s:9.3f}s {count:9d} calls {total_s / count * 1e6:10.1f}us")
 
 
-def run_once(llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.Random) -> None:
-    """Generate from new random prompts, and print the figures."""
+def run_once(
+    llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.Random
+) -> dict[str, Any]:
+    """Generate from new random prompts, print the figures and give them back."""
     vocab_size = llm.config.model_config.vocab_size
     prompts = [
         [
@@ -336,6 +343,44 @@ def run_once(llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.R
     print(floor.report(elapsed_s))
     stats = (f"{name} {round(value, 3)}" for name, value in llm.stats().items())
     print(f"Stats so far: {', '.join(stats)}", flush=True)
+    return {
+        "tok_s": round(total / elapsed_s, 2),
+        "prompt_tok_s": round(num_input / elapsed_s, 2),
+        "floor_share": floor.total_s / elapsed_s,
+        "linear_share": floor.linear_s / elapsed_s,
+        "read_gb_s": round(machine.read_bytes_per_s / 1e9, 2),
+        "tflop_s": round(machine.flops_per_s / 1e12, 3),
+    }
+
+
+def description(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, and on what: the same for all runs of a command."""
+    assert llm.model_runner is not None
+    device = llm.model_runner.device
+    on_cuda = device.type == "cuda"
+    return {
+        "engine": "nano-vLLM",
+        "model": Path(args.dummy or args.model).name,
+        "num_seqs": args.num_seqs,
+        "input_len": [args.min_input_len, args.max_input_len],
+        "output_len": [args.min_output_len, args.max_output_len],
+        "dtype": str(llm.model_runner.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if on_cuda else processor(),
+        "threads": None if on_cuda else torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": f"{date.today()}",
+    }
+
+
+def processor() -> str:
+    """What the machine calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def main() -> None:
@@ -371,7 +416,10 @@ def main() -> None:
     rng = random.Random(args.seed)
     llm.generate([[0] * args.min_input_len], SamplingParams(ignore_eos=True), use_tqdm=False)
     for _ in range(args.repeat):
-        run_once(llm, machine, args, rng)
+        figures = run_once(llm, machine, args, rng)
+        if args.json is not None:
+            with args.json.open("a") as file:
+                print(json.dumps(description(llm, args) | figures), file=file)
     timers = watch(llm) if args.profile else ()
     if args.profile and device.type == "cuda":
         print_kernels(lambda: run_once(llm, machine, args, rng))

@@ -1,5 +1,6 @@
 """bench.py runs, and its floor counts what a run must read and compute."""
 
+import json
 import re
 import runpy
 import sys
@@ -22,14 +23,24 @@ FLOAT32 = 4
 
 
 def test_bench_prints_throughput_and_share_of_the_floor(
-    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bench.Machine, "measure", lambda *_: MACHINE)
     sizes = "--num-seqs 4 --input-len 20 --output-len 8 --max-model-len 64 --repeat 2 --profile"
     argv = ["bench.py", "--device", "cpu", "--model", str(tiny_model), *sizes.split()]
-    monkeypatch.setattr(sys, "argv", argv)
+    figures = tmp_path / "figures.jsonl"
+    monkeypatch.setattr(sys, "argv", [*argv, "--json", str(figures)])
     bench.main()
     printed = capsys.readouterr().out
+    recorded = [json.loads(line) for line in figures.read_text().splitlines()]
+    assert len(recorded) == 2
+    for run in recorded:
+        assert (run["num_seqs"], run["input_len"], run["output_len"]) == (4, [20, 20], [8, 8])
+        assert f"Throughput: {run['tok_s']:.2f}tok/s" in printed
+        assert f"reached: {run['floor_share']:.1%}" in printed
     assert len(re.findall(r"Total: 32tok, Time: [\d.]+s, Throughput: [\d.]+tok/s", printed)) == 3
     assert len(re.findall(r"7 decode steps, 1 prefill steps.*reached: [\d.]+%", printed)) == 3
     # Before the first run, a prompt of 20 tokens was completed up to 64.

@@ -65,6 +65,32 @@ def test_readme_names_every_field_of_results_and_statistics(tiny_model: Path) ->
             assert f"`{name}`" in readme, name
 
 
+def headings(page: Path) -> set[str]:
+    """A page's headings as links name them."""
+    names = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", name).lower().replace(" ", "-") for name in names}
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    pattern = r"\]\((?!https?:)([^)#]*)#?([^)]*)\)"
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target, heading in re.findall(pattern, page.read_text()):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not heading or heading in headings(path), f"{page.name}: {target}#{heading}"
+
+
+def test_pictures_are_what_the_script_draws_from_the_recorded_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import draw
+
+    for name, drawing in draw.pictures().items():
+        assert (ROOT / "docs" / name).read_text() == drawing, "python docs/draw.py draws them anew"
+        assert f"(docs/{name})" in (ROOT / "README.md").read_text()
+
+
 def test_lint_and_format() -> None:
     for arguments in (["check"], ["format", "--check"]):
         result = run(sys.executable, "-m", "ruff", *arguments, ".")
