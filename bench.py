@@ -143,10 +143,10 @@ class Floor:
         self.block_size = llm.config.kvcache_block_size
         model, kv_cache = llm.model_runner.model, llm.model_runner.kv_cache
         embedding = model.model.embed_tokens.weight
-        tied = self.model_config.tie_word_embeddings
-        # Of an input embedding that is not the output head too, only single rows are read.
+        # Of an input embedding whose memory is not the output head's too, only rows are read.
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        self.weight_bytes -= 0 if tied else embedding.nbytes
+        if model.lm_head.weight is not embedding:
+            self.weight_bytes -= embedding.nbytes
         self.token_bytes = kv_cache[:, :, 0, 0].nbytes
         weights = [p.numel() for p in model.model.layers.parameters() if p.dim() > 1]
         self.flops_per_token = 2 * sum(weights)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,17 +33,20 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import (
     BACKENDS,
-    MASKED_QUERY_ROWS,
     Attention,
-    AttentionInputs,
     store_kvcache,
-    torch_decode,
-    torch_prefill,
 )
 from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.linear import GatedLinear, Linear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.layers.torch_attention import (
+    QUERY_ROWS,
+    AttentionInputs,
+    torch_decode,
+    torch_prefill,
+    torch_workspace,
+)
 from nanovllm.model_config import ModelConfig, read_json
 from nanovllm.utils.context import Context
 
@@ -317,6 +321,12 @@ class PagedBatch:
                 cu_seqlens_k=int32([0, *accumulate(key_lens)]),
                 context_lens=int32(key_lens),
                 block_tables=int32([table + [-1] * (width - len(table)) for table in tables]),
+                decode_workspace=torch_workspace(
+                    SimpleNamespace(num_kv_heads=num_kv_heads, head_dim=head_dim),
+                    len(key_lens),
+                    max(key_lens),
+                    {"dtype": dtype, "device": "cpu"},
+                ),
             ),
         )
 
@@ -352,7 +362,7 @@ def test_prefill_attention_with_cached_keys(
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_prefill_attention_with_more_queries_than_a_mask_holds(extra: int) -> None:
-    num_queries = MASKED_QUERY_ROWS + extra
+    num_queries = QUERY_ROWS + extra
     batch = PagedBatch([num_queries], [num_queries + 40], num_heads=1, num_kv_heads=1)
     batch.check(torch_prefill(batch.inputs))
 

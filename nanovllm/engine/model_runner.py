@@ -123,7 +123,9 @@ class ModelRunner:
         """
         self.synchronize()
         with own_modes(self.device, inference=False):
+            self.model.unpack()
             load_weights(self.model, model_dir)
+            self.model.pack()
 
     def new_seed(self) -> int:
         """A seed for a request; torch.manual_seed makes them repeatable."""
@@ -154,6 +156,7 @@ class ModelRunner:
                 fill_random(model)
             else:
                 load_weights(model, config.model_dir)
+            model.pack()
         return model.eval()
 
     def _allocate_step_memory(self) -> None:
@@ -172,16 +175,13 @@ class ModelRunner:
         self.embed = kernel_of(resolve_and_embed, "embedding", self.device)
         self.kept_threshold = kernel_of(kept_threshold, "filters", self.device)
         self.sample: Callable[..., Tensor] = sample
-        self.decode_workspace = None
+        limits = size, self.config.max_model_len, {"device": self.device, "dtype": self.dtype}
+        self.decode_workspace = BACKENDS[self.backend].workspace(model, *limits)
         if kernels.usable(self.device):
-            from nanovllm.kernels.attention import decode_workspace
             from nanovllm.kernels.sampler import sample as kernel
             from nanovllm.kernels.sampler import sample_workspace
 
             self.sample = partial(kernel, workspace=sample_workspace(size, self.device))
-            self.decode_workspace = decode_workspace(
-                size, model.num_heads, model.num_kv_heads, model.head_dim, self.device
-            )
 
     def _derive_num_blocks(self, budget: CudaBudget | None) -> int:
         """How many blocks the memory holds, at most what the largest batch could need on a CPU."""

@@ -2,21 +2,23 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.config import FLASH_BLOCK_STEP
 from nanovllm.kernels import kernel_of
 from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.layers.torch_attention import (
+    AttentionInputs,
+    torch_decode,
+    torch_prefill,
+    torch_workspace,
+)
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.context import Context
-
-# Rows of a mask [rows, keys] made at a time when queries attend to keys of earlier steps.
-MASKED_QUERY_ROWS = 512
 
 
 def store_kvcache(
@@ -67,89 +69,16 @@ def qk_norm_rope_store(
         q [num_tokens, num_heads, head_dim]; k and v [num_tokens, num_kv_heads, head_dim].
     """
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    qk, v = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
     if q_weight is not None and k_weight is not None:
-        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+        # Of q and k together: each operation less counts, where a step has few tokens.
+        weights = q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)
+        qk = rms_norm(qk, torch.cat(weights), eps)
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    q, k = apply_rotary(qk, cos, sin).split([num_heads, num_kv_heads], dim=1)
     if k_cache.numel():
         store_kvcache(k, v, k_cache, v_cache, slot_mapping)
     return q, k, v
-
-
-class AttentionInputs(NamedTuple):
-    """What a back end is given. With `context.block_tables`, keys come from the cache alone.
-
-    query: [num_tokens, num_heads, head_dim]; key (None where the cache is read), value:
-    [num_tokens, num_kv_heads, head_dim]; k_cache, v_cache: [num_blocks, block_size, num_kv_heads,
-    head_dim], this step's K/V stored.
-    """
-
-    query: Tensor
-    key: Tensor | None
-    value: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    scale: float
-    context: Context
-
-
-def torch_prefill(inputs: AttentionInputs) -> Tensor:
-    """Prefill, sequence by sequence, with scaled_dot_product_attention."""
-    context = inputs.context
-    out = torch.empty_like(inputs.query)
-    end = 0
-    for index, length in enumerate(context.query_lens):
-        rows = slice(end, end := end + length)
-        if context.block_tables is None:
-            assert inputs.key is not None
-            keys, values = inputs.key[rows], inputs.value[rows]
-        else:
-            keys, values = (
-                _gather(cache.flatten(0, 1), context.key_runs[index])
-                for cache in (inputs.k_cache, inputs.v_cache)
-            )
-        out[rows] = _attend_causal(inputs.query[rows], keys, values, inputs.scale)
-    return out
-
-
-def _attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention of the last len(query) positions to all of key: [length, num_heads, head_dim]."""
-    num_queries, num_keys = len(query), len(key)
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    if num_queries == num_keys:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return out.squeeze(0).transpose(0, 1)
-    # Keys of earlier steps: the causal diagonal ends in the lower right corner of the mask.
-    positions = torch.arange(num_keys, device=query.device)
-    parts = []
-    for start in range(0, num_queries, MASKED_QUERY_ROWS):
-        rows = q[:, :, start : start + MASKED_QUERY_ROWS]
-        first = num_keys - num_queries + start
-        limits = torch.arange(first, first + rows.size(2), device=query.device)
-        mask = positions <= limits[:, None]
-        parts.append(
-            F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-        )
-    return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
-
-
-def torch_decode(inputs: AttentionInputs) -> Tensor:
-    """Decode, sequence by sequence: the query heads that share a K/V head are its queries."""
-    num_seqs, num_heads, head_dim = inputs.query.shape
-    num_kv_heads = inputs.k_cache.size(2)
-    queries = inputs.query.reshape(num_seqs, 1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    caches = inputs.k_cache.flatten(0, 1), inputs.v_cache.flatten(0, 1)
-    parts = []
-    for query, runs in zip(queries.unbind(), inputs.context.key_runs, strict=True):
-        k, v = (_gather(cache, runs).transpose(0, 1).unsqueeze(0) for cache in caches)
-        parts.append(F.scaled_dot_product_attention(query, k, v, scale=inputs.scale))
-    return torch.cat(parts).view_as(inputs.query)
-
-
-def _gather(cache: Tensor, runs: list[slice]) -> Tensor:
-    """Rows [num_keys, num_kv_heads, head_dim] of a flattened cache; a view if they are one run."""
-    return cache[runs[0]] if len(runs) == 1 else torch.cat([cache[run] for run in runs])
 
 
 def flash_prefill(inputs: AttentionInputs) -> Tensor:
@@ -223,6 +152,16 @@ def triton_prefill_sizes(max_model_len: int) -> set[int]:
     return {LONG_QUERIES + 1, -(-MIN_TOKENS // longest) * longest}
 
 
+def triton_workspace(
+    config: ModelConfig, max_num_seqs: int, max_model_len: int, options: dict[str, Any]
+) -> Any:
+    """For Backend.workspace."""
+    from nanovllm.kernels.attention import decode_workspace
+
+    sizes = config.num_heads, config.num_kv_heads, config.head_dim
+    return decode_workspace(max_num_seqs, *sizes, options["device"])
+
+
 def triton_decode(inputs: AttentionInputs) -> Tensor:
     """Decode with the kernel of nanovllm.kernels.attention."""
     from nanovllm.kernels.attention import paged_decode
@@ -242,6 +181,8 @@ class Backend(NamedTuple):
     `loops_on_host`: a decode is no fixed sequence of launches, so that no CUDA graph can hold it.
     `prefill_sizes`: for a max_model_len, the numbers of tokens of steps that run all of its
     kernels, if their prompts are as long as may be.
+    `workspace`: for a model, max_num_seqs, max_model_len, and the cache's device and dtype: the
+    scratch memory that a decode finds in its context.
     """
 
     prefill: Callable[[AttentionInputs], Tensor]
@@ -252,6 +193,7 @@ class Backend(NamedTuple):
     min_capability: tuple[int, int] = (0, 0)
     loops_on_host: bool = False
     prefill_sizes: Callable[[int], set[int]] = lambda max_model_len: set()
+    workspace: Callable[[ModelConfig, int, int, dict[str, Any]], Any] = lambda *_: None
 
 
 # The fastest first. Measured on an H100 with head_dim 128, against flash-attn 2.8.3: the Triton
@@ -264,11 +206,12 @@ BACKENDS = {
         "triton",
         head_dims=range(32, 257, 16),
         prefill_sizes=triton_prefill_sizes,
+        workspace=triton_workspace,
     ),
     "flash_attn": Backend(
         flash_prefill, flash_decode, "flash_attn", range(8, 257, 8), FLASH_BLOCK_STEP, (8, 0)
     ),
-    "torch": Backend(torch_prefill, torch_decode, loops_on_host=True),
+    "torch": Backend(torch_prefill, torch_decode, loops_on_host=True, workspace=torch_workspace),
 }
 
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.kernels import kernel_of
@@ -19,7 +18,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         [..., size] in x's dtype.
     """
-    return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
+    # F.rms_norm takes half as long again on a CPU.
+    exact = x.float()
+    norm: Tensor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    factor = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    return (exact * factor).to(x.dtype).mul_(weight)
 
 
 class RMSNorm(nn.Module):

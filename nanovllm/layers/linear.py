@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nanovllm.kernels import kernel_of
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.products import LinearInputs, product_table
+from nanovllm.layers.products import LinearInputs, pack, product_table
 
 
 class Linear(nn.Module):
@@ -34,6 +34,21 @@ class Linear(nn.Module):
         self.bias = parameter(output_size) if bias else None
         self.act = kernel_of(silu_and_mul, "fused", self.weight.device) if self.is_gated else None
         self.products = product_table(self.weight, self.is_gated, self.is_head)
+
+    def pack(self) -> None:
+        """Keep the weight, now that it is filled, as this machine multiplies fastest."""
+        packed = pack(self.weight)
+        if packed is not self.weight:
+            self._replace_weight(packed)
+
+    def unpack(self) -> None:
+        """Have plain memory for the weight again, to be filled."""
+        if self.weight.is_mkldnn:
+            self._replace_weight(torch.empty(self.weight.shape, dtype=self.weight.dtype))
+
+    def _replace_weight(self, weight: Tensor) -> None:
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.products = product_table(weight, self.is_gated, self.is_head)
 
     def forward(
         self,

@@ -62,6 +62,33 @@ def plain(inputs: LinearInputs) -> Tensor:
     return residual.add_(F.linear(x, weight, bias))
 
 
+def onednn(inputs: LinearInputs) -> Tensor:
+    """oneDNN's product of a packed weight on a CPU, bias and sum within it."""
+    x, weight, bias, residual = inputs.normed(), inputs.weight, inputs.bias, inputs.residual
+    if residual is not None:
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    else:
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if inputs.act is not None:
+        y = inputs.act(y)
+    return y if inputs.out is None else inputs.out.copy_(y)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [num_rows, input_size] in the layout for `onednn`, where that can be had.
+
+    Otherwise the weight itself: on a GPU, without oneDNN, in float16 on most processors. The
+    operators are private to torch: its public ones (torch.utils.mkldnn) take 1.6 times as long.
+    """
+    if kernels.usable(weight.device) or not torch.backends.mkldnn.is_available():
+        return weight
+    try:
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    except (AttributeError, RuntimeError):  # none in this torch; not for this device or dtype
+        return weight
+    return packed
+
+
 def few_tokens(inputs: LinearInputs) -> Tensor:
     """One launch."""
     from nanovllm.kernels.gemv import matvec
@@ -98,6 +125,8 @@ def product_table(weight: Tensor, is_gated: bool = False, is_head: bool = False)
     Returns:
         Of a kernel that is compiled differently for more tokens, each form has its entry.
     """
+    if weight.is_mkldnn:
+        return {math.inf: onednn}
     if not kernels.usable(weight.device):
         return {math.inf: plain}
     from nanovllm.kernels.device import is_hopper

@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Noise for about this many logits is made at a time: it stays in a CPU's cache.
 NUM_AT_A_TIME = 1 << 18
+# Logits of a row whose maximum is found at a time.
+PART_SIZE = 512
 
 
 def sample(
@@ -34,17 +36,39 @@ def sample(
     Returns:
         int64 [num_seqs]: `out`, if given.
     """
-    ids = torch.argmax(logits, dim=-1, out=out)
+    ids = argmax(logits)
     keys = _mix64(_mix64(seeds + _signed(0x9E3779B97F4A7C15, 64)) ^ positions)
     vocab_size = logits.size(1)
     for rows in temperatures.nonzero().flatten().split(max(1, NUM_AT_A_TIME // vocab_size)):
+        if not len(rows):  # all are greedy
+            break
         temperature = temperatures[rows, None]
         noise = _gumbel(_random_bits(keys[rows], vocab_size))
         # Above 1 the logits are divided instead, so that no product overflows.
         scores = noise * temperature.clamp(max=1) + logits[rows] / temperature.clamp(min=1)
         if thresholds is not None:
             scores = scores.where(logits[rows] >= thresholds[rows, None], -math.inf)
-        ids[rows] = scores.argmax(dim=-1)
+        ids[rows] = argmax(scores)
+    return ids if out is None else out.copy_(ids)
+
+
+def argmax(x: Tensor) -> Tensor:
+    """The first of the largest of each row: [num_rows, size] -> int64 [num_rows].
+
+    Of each part of a row the maximum first, since on a CPU torch finds a maximum by vectors, but
+    where it is one by one: a tenth of the time.
+    """
+    num_rows, size = x.shape
+    if num_rows == 0 or size < 2 * PART_SIZE:
+        return x.argmax(dim=-1)
+    num_whole = size // PART_SIZE
+    largest = x[:, : num_whole * PART_SIZE].unflatten(1, (num_whole, PART_SIZE)).amax(dim=-1)
+    if size % PART_SIZE:
+        largest = torch.cat((largest, x[:, num_whole * PART_SIZE :].amax(dim=-1, keepdim=True)), 1)
+    # The last part may be short: the part that ends there holds no larger one before it.
+    starts = (largest.argmax(dim=-1, keepdim=True) * PART_SIZE).clamp_(max=size - PART_SIZE)
+    part = x.gather(1, starts + torch.arange(PART_SIZE, device=x.device))
+    ids: Tensor = starts[:, 0] + part.argmax(dim=-1)
     return ids
 
 

@@ -9,6 +9,7 @@ x goes through before it, its last one what its output is added to. So a layer c
 one launch where that is faster.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -149,8 +150,25 @@ class Qwen3ForCausalLM(nn.Module):
         self.model = Qwen3Model(config, backend, max_positions, **options)
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, **options)
         self.tie_word_embeddings = config.tie_word_embeddings
-        if config.tie_word_embeddings:
+        self.unpack()
+
+    def pack(self) -> None:
+        """To be called when all parameters are filled: see Linear.pack.
+
+        A tied embedding stays as it is, since its rows are looked up, beside the packed head.
+        """
+        for linear in self._linears():
+            linear.pack()
+
+    def unpack(self) -> None:
+        """To be called before parameters are filled."""
+        for linear in self._linears():
+            linear.unpack()
+        if self.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _linears(self) -> Iterator[Linear]:
+        return (module for module in self.modules() if isinstance(module, Linear))
 
     def forward(self, x: Tensor, context: Context, out: Tensor | None = None) -> Tensor:
         """Logits of the positions that `context.logit_rows` names.

@@ -1,8 +1,9 @@
 """Context: what attention and the head need to know about the step that is being computed."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from nanovllm.utils.device import to_device
 
+T = TypeVar("T")
 QUERY_TILE = 128  # see cut_queries
 
 
@@ -34,7 +36,7 @@ class Context:
         block_size: token positions in a block.
         positions: int64 [num_tokens], of each token in its sequence.
         logit_rows: int64 [num_sampled], the tokens to compute logits for; None = all.
-        decode_workspace: scratch memory of the Triton decode kernel (kernels.attention).
+        decode_workspace: scratch memory of the back end of attention (Backend.workspace).
     """
 
     is_prefill: bool
@@ -49,6 +51,7 @@ class Context:
     positions: Tensor | None = None
     logit_rows: Tensor | None = None
     decode_workspace: Any = None
+    _made: dict[Callable[["Context"], Any], Any] = field(default_factory=dict, init=False)
 
     @cached_property
     def max_query_len(self) -> int:
@@ -64,25 +67,12 @@ class Context:
         tiles = cut_queries(self.query_lens, self.key_lens)
         return to_device(tiles, torch.int32, self.slot_mapping.device)
 
-    @cached_property
-    def key_runs(self) -> list[list[slice]]:
-        """Where each sequence's keys lie in the flattened cache: its runs of adjacent slots.
-
-        Needs block_tables. For attention that reads the cache through views.
-        """
-        assert self.block_tables is not None
-        all_runs = []
-        for row, length in zip(self.block_tables.tolist(), self.key_lens, strict=True):
-            runs: list[slice] = []
-            for index, start in enumerate(range(0, length, self.block_size)):
-                first = row[index] * self.block_size
-                end = first + min(self.block_size, length - start)
-                if runs and runs[-1].stop == first:
-                    runs[-1] = slice(runs[-1].start, end)
-                else:
-                    runs.append(slice(first, end))
-            all_runs.append(runs)
-        return all_runs
+    def once(self, make: Callable[["Context"], T]) -> T:
+        """make(self), made at the first call: what every layer of a step needs."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        made: T = self._made[make]
+        return made
 
 
 def cut_queries(query_lens: list[int], key_lens: list[int]) -> np.ndarray:

@@ -1,0 +1,182 @@
+"""Attention in plain PyTorch: on a CPU, and wherever no other back end can be used.
+
+The keys of many sequences are copied together, as long as the copies fit a CPU's cache, and then
+attended to in one call: a call a sequence costs more, and products read what lies far apart in
+memory slower than a copy does. Scores and sums are float32 whatever the cache holds.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.model_config import ModelConfig
+from nanovllm.utils.context import Context
+from nanovllm.utils.device import to_device
+
+# Queries of a prefill that are computed at a time.
+QUERY_ROWS = 128
+# A decode takes sequences together up to so many keys, and so many of padding among them.
+MOST_KEYS = 2048
+MOST_PADDING = 512
+
+
+class AttentionInputs(NamedTuple):
+    """What a back end is given. With `context.block_tables`, keys come from the cache alone.
+
+    query: [num_tokens, num_heads, head_dim]; key (None where the cache is read), value:
+    [num_tokens, num_kv_heads, head_dim]; k_cache, v_cache: [num_blocks, block_size, num_kv_heads,
+    head_dim], this step's K/V stored.
+    """
+
+    query: Tensor
+    key: Tensor | None
+    value: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    scale: float
+    context: Context
+
+
+def torch_prefill(inputs: AttentionInputs) -> Tensor:
+    """Prefill, sequence by sequence."""
+    context = inputs.context
+    out = torch.empty_like(inputs.query)
+    end = 0
+    for index, length in enumerate(context.query_lens):
+        rows = slice(end, end := end + length)
+        if context.block_tables is None:
+            assert inputs.key is not None
+            keys, values = inputs.key[rows], inputs.value[rows]
+        else:
+            slots = context.once(key_slots)[index]
+            keys, values = (c.flatten(0, 1)[slots] for c in (inputs.k_cache, inputs.v_cache))
+        _attend_causal(inputs.query[rows], keys, values, inputs.scale, out[rows])
+    return out
+
+
+def _attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor) -> None:
+    """Attention of the last len(query) positions to all of key: [length, num_heads, head_dim].
+
+    Some queries at a time, each with the keys up to its own position alone.
+    """
+    num_queries, num_keys, num_kv_heads = len(query), len(key), key.size(1)
+    key, value = key.transpose(0, 1).float(), value.transpose(0, 1)
+    for start in range(0, num_queries, QUERY_ROWS):
+        # A K/V head has the queries of all heads that share it.
+        rows = query[start : start + QUERY_ROWS].unflatten(1, (num_kv_heads, -1))
+        q = (rows.float() * scale).permute(1, 2, 0, 3).flatten(1, 2)
+        first = num_keys - num_queries + start
+        end = first + len(rows)
+        scores = (q @ key[:, :end].transpose(1, 2)).unflatten(1, (-1, len(rows)))
+        limits = torch.arange(len(rows), device=query.device)
+        scores[..., first:].masked_fill_(limits > limits[:, None], -torch.inf)
+        shares = scores.softmax(dim=-1).to(value.dtype).flatten(1, 2)
+        found = (shares @ value[:, :end]).unflatten(1, (-1, len(rows)))
+        out[start : start + len(rows)] = found.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+class Workspace(NamedTuple):
+    """What a decode copies keys to, where fresh memory each time would cost more than the copy.
+
+    gathered: of the cache's dtype; keys: float32; [num_keys * num_kv_heads * head_dim].
+    """
+
+    gathered: Tensor
+    keys: Tensor
+
+
+def torch_workspace(
+    config: ModelConfig, max_num_seqs: int, max_model_len: int, options: dict[str, Any]
+) -> Workspace:
+    """For Backend.workspace."""
+    size = max(MOST_KEYS, max_model_len) * config.num_kv_heads * config.head_dim
+    keys = torch.empty(size, dtype=torch.float32, device=options["device"])
+    return Workspace(torch.empty(size, **options), keys)
+
+
+class DecodeBatch(NamedTuple):
+    """Sequences that a decode takes together.
+
+    rows: theirs in the step. slots: int64 [num_seqs, longest], of their keys; where one has fewer
+    its first key's. mask: float32 [num_seqs, 1, 1, longest], is added to the scores: -inf where one
+    has fewer, otherwise 0.
+    """
+
+    rows: slice
+    slots: Tensor
+    mask: Tensor
+
+
+def torch_decode(inputs: AttentionInputs) -> Tensor:
+    """Decode, a few sequences at a time."""
+    num_kv_heads = inputs.k_cache.size(2)
+    workspace = inputs.context.decode_workspace
+    out = torch.empty_like(inputs.query)
+    for batch in inputs.context.once(decode_batches):
+        # A K/V head has the queries of all heads that share it.
+        query = inputs.query[batch.rows].unflatten(1, (num_kv_heads, -1)).float() * inputs.scale
+        scores = query @ _gather(inputs.k_cache, batch.slots, workspace).transpose(2, 3)
+        shares = scores.add_(batch.mask).softmax(dim=-1)
+        found = shares @ _gather(inputs.v_cache, batch.slots, workspace)
+        out[batch.rows] = found.flatten(1, 2)
+    return out
+
+
+def _gather(cache: Tensor, slots: Tensor, workspace: Workspace) -> Tensor:
+    """float32 [num_seqs, num_kv_heads, num_keys, head_dim], each head's keys side by side."""
+    num_seqs, num_keys = slots.shape
+    num_kv_heads, head_dim = cache.shape[2:]
+    size = slots.numel() * num_kv_heads * head_dim
+    gathered = workspace.gathered[:size].view(slots.numel(), -1)
+    torch.index_select(cache.view(-1, num_kv_heads * head_dim), 0, slots.flatten(), out=gathered)
+    keys = workspace.keys[:size].view(num_seqs, num_kv_heads, num_keys, head_dim)
+    return keys.copy_(gathered.view(num_seqs, num_keys, num_kv_heads, head_dim).transpose(1, 2))
+
+
+def key_slots(context: Context) -> list[Tensor]:
+    """The slots of each sequence's keys, in order: int64 [num_keys]."""
+    slots = _slots(context)
+    device = context.slot_mapping.device
+    return [
+        to_device(row[:length], torch.int64, device)
+        for row, length in zip(slots, context.key_lens, strict=True)
+    ]
+
+
+def decode_batches(context: Context) -> list[DecodeBatch]:
+    """Neighbours in the step, whose lengths are alike, since a decode lists the longest first."""
+    slots, lens, device = _slots(context), np.array(context.key_lens), context.slot_mapping.device
+    positions = np.arange(slots.shape[1])
+    batches = []
+    for rows in _neighbours(context.key_lens):
+        longest = lens[rows].max()
+        missing = positions[:longest] >= lens[rows, None]
+        found = np.where(missing, slots[rows, :1], slots[rows, :longest])
+        mask = np.where(missing, -np.inf, 0.0)[:, None, None]
+        tensors = to_device(found, torch.int64, device), to_device(mask, torch.float32, device)
+        batches.append(DecodeBatch(rows, *tensors))
+    return batches
+
+
+def _neighbours(lens: list[int]) -> Iterator[slice]:
+    """Rows to take together: few keys, and little padding up to the longest."""
+    start = longest = total = 0
+    for index, length in enumerate(lens):
+        most, num_seqs = max(longest, length), index - start + 1
+        padding = most * num_seqs - total - length
+        if num_seqs > 1 and (most * num_seqs > MOST_KEYS or padding > MOST_PADDING):
+            yield slice(start, index)
+            start, most, total = index, length, 0
+        longest, total = most, total + length
+    yield slice(start, len(lens))
+
+
+def _slots(context: Context) -> np.ndarray:
+    """Where each position of each sequence lies: int64 [num_seqs, longest], more or less filled."""
+    assert context.block_tables is not None
+    tables, block_size = context.block_tables.cpu().numpy(), context.block_size
+    positions = np.arange(context.max_key_len)
+    return tables[:, positions // block_size].astype(np.int64) * block_size + positions % block_size
