@@ -23,8 +23,10 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import Batch
+from nanovllm.layers.linear import Linear
 from nanovllm.model_config import ModelConfig
-from nanovllm.utils.device import resolve_device
+from nanovllm.utils.device import resolve_device, resolve_dtype
+from nanovllm.utils.loader import read_model_config, resolve_model_dir
 from nanovllm.utils.timer import Timer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -112,8 +114,13 @@ def _read_bandwidth(device: torch.device, num_bytes: int) -> float:
 
 
 def _matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Floating-point operations a second of a square matrix product."""
+    """Floating-point operations a second of a square matrix product, on a CPU of a packed one."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    if device.type == "cpu":
+        layer = Linear(size, size, device=device, dtype=dtype)
+        layer.weight.copy_(b)
+        layer.pack()
+        return 2 * size**3 / seconds(device, lambda: layer(a))
     return 2 * size**3 / seconds(device, lambda: a @ b)
 
 
@@ -331,7 +338,7 @@ def run_once(
     floor = Floor(llm, machine)
     llm.observers.append(floor.observe)
     started = perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=args.device == "cpu")
     elapsed_s = perf_counter() - started
     llm.observers.remove(floor.observe)
 
@@ -389,9 +396,9 @@ def main() -> None:
         device = resolve_device(args.device)
     except ValueError as error:
         raise SystemExit(f"bench.py: {error}") from None
-    usual = "float32" if device.type == "cpu" else "bfloat16"
-    dtype = getattr(torch, usual if args.dtype == "auto" else args.dtype)
     logging.basicConfig(format="%(message)s")
+    model_dir = resolve_model_dir(args.dummy or args.model, with_weights=args.dummy is None)
+    dtype = resolve_dtype(args.dtype, read_model_config(model_dir).dtype, device)
     logging.getLogger("nanovllm").setLevel(logging.INFO)
     machine = Machine.measure(device, dtype)
     started = perf_counter()

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 from nanovllm import LLM, SamplingParams
@@ -18,7 +19,10 @@ def main() -> None:
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nanovllm").setLevel(logging.INFO)  # it says what it is doing
-    llm = LLM(args.model)
+    try:
+        llm = LLM(args.model)
+    except (TypeError, ValueError) as error:
+        sys.exit(f"example.py: {error}")
     questions = ["introduce yourself", "list all prime numbers within 100"]
     conversations = [[{"role": "user", "content": question}] for question in questions]
     outputs = llm.chat(conversations, SamplingParams(temperature=0.6, max_tokens=256))

@@ -1,10 +1,11 @@
 """A conversation in the terminal: answers come as they are generated, and what was said is kept.
 
 When the conversation has grown too long for the model, its oldest turns are forgotten. An empty
-line or Ctrl-D ends it; Ctrl-C ends an answer.
+line or Ctrl-D ends it; Ctrl-C ends an answer. A question that the model cannot take is dropped.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from nanovllm import LLM, SamplingParams
@@ -52,9 +53,13 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=512, help="of an answer")
     args = parser.parse_args()
 
-    with LLM(args.model) as llm:
+    try:
+        llm = LLM(args.model)
         max_tokens = min(args.max_tokens, llm.config.max_model_len // 2)
         params = SamplingParams(temperature=args.temperature, max_tokens=max_tokens)
+    except (TypeError, ValueError) as error:
+        sys.exit(f"chat.py: {error}")
+    with llm:
         history = [{"role": "system", "content": args.system}] if args.system else []
         while True:
             try:
@@ -63,10 +68,14 @@ def main() -> None:
                 break
             if not question:
                 break
-            history.append({"role": "user", "content": question})
-            history = fitting(llm, history, max_tokens)
-            text = answer(llm, history, params)
-            history.append({"role": "assistant", "content": text})
+            try:
+                asked = [*history, {"role": "user", "content": question}]
+                asked = fitting(llm, asked, max_tokens)
+                text = answer(llm, asked, params)
+            except (TypeError, ValueError) as error:  # most often: the question is too long
+                print(f"[this question was dropped: {error}]")
+                continue
+            history = [*asked, {"role": "assistant", "content": text}]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from nanovllm.model_config import DTYPES, ModelConfig
 from nanovllm.sampling_params import require_bool, require_float, require_int
-from nanovllm.utils.loader import read_config, resolve_model_dir
+from nanovllm.utils.loader import read_model_config, resolve_model_dir
 
 logger = logging.getLogger("nanovllm")
 
@@ -21,7 +21,7 @@ INT_OPTIONS: dict[str, tuple[int, int | None]] = {
     "max_num_seqs": (1, None),
     "max_model_len": (2, None),
     "tensor_parallel_size": (1, 1),
-    "kvcache_block_size": (BLOCK_SIZE_STEP, None),
+    "kvcache_block_size": (BLOCK_SIZE_STEP, 1 << 20),
     "num_kvcache_blocks": (-1, None),
     "eos": (-1, None),
 }
@@ -65,7 +65,8 @@ class Config:
         eos: the one id that ends a sequence; -1: those of the tokenizer, config.json and
             generation_config.json.
         device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda" or "cuda:N".
-        dtype: "auto" (float32 on a CPU, else the checkpoint's), "float32", "float16", "bfloat16".
+        dtype: "auto" (the checkpoint's; on a CPU bfloat16 if it is the checkpoint's and the
+            processor multiplies in it, else float32), "float32", "float16", "bfloat16".
         attention_backend: "auto" (the fastest one installed), "torch", "flash_attn" or "triton".
         load_format: "auto" (safetensors) or "dummy" (random weights, no checkpoint read).
 
@@ -106,7 +107,7 @@ class Config:
         self._check_options()
         self._check_combinations()
         self.model_dir = resolve_model_dir(self.model, with_weights=self.load_format != "dummy")
-        self.model_config = ModelConfig.from_dict(read_config(self.model_dir))
+        self.model_config = read_model_config(self.model_dir)
         require_int("eos", self.eos, low=-1, high=self.model_config.vocab_size - 1)
         limit = self.model_config.max_position_embeddings
         if self.max_model_len > limit:

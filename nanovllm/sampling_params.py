@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import cast
 
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 3.4028234663852886e38  # the largest float32
@@ -50,16 +51,17 @@ def require_bool(name: str, value: object) -> None:
 
 
 def _require_tuple(name: str, value: object, kind: str) -> tuple[object, ...]:
-    """The entries of a list or tuple; () for None.
+    """The entries of a list, tuple or array; () for None.
 
     Raises:
         TypeError: `value` is something else.
     """
     if value is None:
         return ()
-    if not isinstance(value, (list, tuple)):
+    is_list = isinstance(value, ListLike) and not isinstance(value, (str, bytes))
+    if not (is_list or getattr(value, "ndim", 0) == 1):
         raise TypeError(f"{name} must be a list of {kind}, or None, got {value!r:.80}")
-    return tuple(value)
+    return tuple(cast(ListLike[object], value))
 
 
 @dataclass(frozen=True, slots=True)

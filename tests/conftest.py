@@ -329,7 +329,12 @@ def ask(llm: LLM, question: str) -> list[int]:
 @pytest.fixture(scope="session")
 def shared_trained_llm() -> Iterator[LLM]:
     with LLM(
-        str(TINY), device="cpu", max_model_len=128, max_num_seqs=3, kvcache_block_size=16
+        str(TINY),
+        device="cpu",
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=3,
+        kvcache_block_size=16,
     ) as llm:
         yield llm
 

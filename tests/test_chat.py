@@ -1,5 +1,6 @@
 """LLM.chat: conversations through the tokenizer's chat template."""
 
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,10 @@ def test_an_error_names_the_conversation(trained_llm: LLM) -> None:
         trained_llm.chat([good, good, [{"content": "x"}]])
 
 
-@pytest.mark.parametrize("name", ["stream", "enable_thinkin", "temperature"])
+NAMES = "stream enable_thinkin temperature tools documents truncation max_length return_tensors"
+
+
+@pytest.mark.parametrize("name", NAMES.split())
 def test_an_option_that_the_template_does_not_use_is_refused(
     name: str, shared_trained_llm: LLM
 ) -> None:
@@ -163,12 +167,24 @@ def test_an_option_that_the_template_does_not_use_is_refused(
         shared_trained_llm.stream(HELLO, GREEDY, **{name: True})
 
 
+def test_a_template_that_a_user_gives_the_tokenizer_is_used(trained_llm: LLM) -> None:
+    tokenizer = trained_llm.tokenizer
+    before = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{{ messages[0].content }}!"
+        assert prompt_of(trained_llm, HELLO) == "introduce yourself!"
+    finally:
+        tokenizer.chat_template = before
+
+
 def test_a_template_with_tags_of_its_own_takes_any_option(trained_llm: LLM) -> None:
     template = "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ x }}"
     assert prompt_of(trained_llm, HELLO, chat_template=template, x=5) == "introduce yourself5"
 
 
-@pytest.mark.parametrize("messages", [HELLO, [HELLO, LONGER], np.array(HELLO, dtype=object)])
+@pytest.mark.parametrize(
+    "messages", [HELLO, deque(HELLO), [HELLO, LONGER], np.array(HELLO, dtype=object)]
+)
 def test_conversations_stream_what_chat_gives(messages: Any, trained_llm: LLM) -> None:
     outputs = trained_llm.chat(messages, GREEDY, use_tqdm=False)
     texts = [""] * len(outputs)

@@ -99,8 +99,8 @@ BAD_OPTIONS: list[tuple[str, object, type[Exception], str]] = [
     ("enforce_eager", None, TypeError, "True or False"),
     ("tensor_parallel_size", 0, ValueError, "1"),
     ("tensor_parallel_size", 2.0, TypeError, "int"),
-    ("kvcache_block_size", 0, ValueError, ">= 16"),
-    ("kvcache_block_size", 8, ValueError, ">= 16"),
+    ("kvcache_block_size", 0, ValueError, "between 16 and"),
+    ("kvcache_block_size", 8, ValueError, "between 16 and"),
     ("kvcache_block_size", 100, ValueError, "multiple of 16"),
     ("kvcache_block_size", 256.0, TypeError, "int"),
     ("num_kvcache_blocks", 0, ValueError, ">= 1"),
@@ -493,6 +493,15 @@ def test_the_limits_of_control_groups_count_less_what_is_used_of_them(
     assert memory._cgroup_rooms(proc, root) == [330]
 
 
+@pytest.mark.parametrize("left_out", ["memory__stat", "memory__current"])
+def test_a_limit_counts_though_its_use_cannot_be_told(left_out: str, tmp_path: Path) -> None:
+    root, proc = tmp_path / "cgroup", tmp_path / "self"
+    proc.write_bytes("0::/gr\u00fcn".encode() + b"\xff\n")
+    files = {"memory__max": 1000, "memory__current": 700, "memory__stat": "inactive_file 30"}
+    make_cgroup(root, "", **{name: files[name] for name in files if name != left_out})
+    assert memory._cgroup_rooms(proc, root) == [300 if left_out == "memory__stat" else 1000]
+
+
 def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
     assert memory._cgroup_rooms(tmp_path / "none", tmp_path) == []
 
@@ -521,6 +530,32 @@ def test_an_allocation_that_fails_names_the_options(
     monkeypatch.setattr(memory, "free_cpu_memory", lambda: 1 << 60)
     with pytest.raises(ValueError, match=mentions("num_kvcache_blocks", "max_num_seqs")):
         dummy(model_dir(), num_kvcache_blocks=10**12)
+
+
+def test_a_step_that_finds_no_memory_names_the_options(
+    model_dir: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dummy(model_dir(), max_model_len=100) as llm:
+        assert llm.model_runner is not None
+        error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.model_runner, "_launch_prefill", raising(error))
+            with pytest.raises(MemoryError, match=mentions("3 tokens", "max_num_batched_tokens")):
+                llm.generate([[1, 2, 3]], use_tqdm=False)
+        assert len(llm.generate([[1, 2, 3]], use_tqdm=False)) == 1
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("index", ["9" * 25, "1000"])
+def test_a_gpu_that_cannot_be_is_refused(index: str, model_dir: ConfigFactory) -> None:
+    with pytest.raises(ValueError, match=f"cuda:{index}"):
+        dummy(model_dir(), device=f"cuda:{index}")
 
 
 def test_the_size_of_the_pool_is_logged_at_start_up(
@@ -625,16 +660,30 @@ def test_auto_takes_the_fastest_back_end_that_a_gpu_can_run(
 
 
 @pytest.mark.parametrize(
-    ("option", "expected"),
-    [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
+    ("option", "checkpoint", "has_bfloat16", "expected"),
+    [
+        ("auto", "bfloat16", True, torch.bfloat16),
+        ("auto", "bfloat16", False, torch.float32),
+        ("auto", "float16", True, torch.float32),
+        ("auto", "float32", True, torch.float32),
+        ("float32", "bfloat16", True, torch.float32),
+        ("bfloat16", "float32", False, torch.bfloat16),
+        ("float16", "bfloat16", True, torch.float16),
+    ],
 )
-def test_on_a_cpu_the_dtype_is_float32_unless_asked_for_another(
-    option: str, expected: torch.dtype, model_dir: ConfigFactory
-) -> None:
-    with dummy(model_dir(torch_dtype="bfloat16"), dtype=option, max_model_len=32) as llm:
+def test_on_a_cpu_the_dtype_is_bfloat16_where_both_checkpoint_and_processor_have_it(
+    option: str, checkpoint: str, has_bfloat16: bool, expected: torch.dtype,
+    model_dir: ConfigFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    found = {"avx512_bf16": has_bfloat16, "avx2": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    caplog.set_level(logging.INFO, logger="nanovllm")
+    with dummy(model_dir(torch_dtype=checkpoint), dtype=option, max_model_len=32) as llm:
         assert llm.model_runner is not None
         assert {p.dtype for p in llm.model_runner.model.parameters()} == {expected}
         assert llm.model_runner.kv_cache.dtype == expected
+    says_why = "this processor" in caplog.text or "the checkpoint's is" in caplog.text
+    assert says_why == (option == "auto")
 
 
 def test_every_back_end_is_an_option() -> None:

@@ -37,8 +37,9 @@ from nanovllm.layers.attention import (
     store_kvcache,
 )
 from nanovllm.layers.embed_head import resolve_and_embed
-from nanovllm.layers.layernorm import rms_norm
+from nanovllm.layers.layernorm import RMSNorm, rms_norm
 from nanovllm.layers.linear import GatedLinear, Linear
+from nanovllm.layers.products import onednn, pack, plain
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.torch_attention import (
     QUERY_ROWS,
@@ -571,3 +572,93 @@ def test_padding_is_under_32_rows_or_under_the_rows_themselves(max_num_seqs: int
     for num_seqs in range(1, max_num_seqs + 1):
         padded = min(size for size in sizes if size >= num_seqs)
         assert padded - num_seqs < max(32, num_seqs)
+
+
+# --- packed weights --------------------------------------------------------------------------
+
+
+def test_this_torch_packs_weights_for_onednn() -> None:
+    """The operators are private to torch: a version that drops them has to be noticed."""
+    weight = torch.randn(24, 40)
+    packed = pack(weight)
+    assert packed.is_mkldnn
+    assert packed.shape == weight.shape
+    assert torch.equal(packed.to_dense(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 16, 17, 100])
+def test_a_packed_layer_gives_what_a_plain_one_gives(
+    num_tokens: int, bias: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(num_tokens)
+    options = {"dtype": dtype, "device": "cpu"}
+    linear, gated = Linear(40, 24, bias, **options), GatedLinear(40, 24, **options)
+    norm = RMSNorm(40, 1e-6, **options)
+    for parameter in (*linear.parameters(), *gated.parameters(), norm.weight):
+        parameter.data.copy_(torch.randn(parameter.shape) + 0.5)
+    x, residual = torch.randn(num_tokens, 40).to(dtype), torch.randn(num_tokens, 24).to(dtype)
+
+    def results() -> list[Tensor]:
+        found = [
+            linear(x),
+            linear(x, norm=norm),
+            linear(x, residual=residual.clone()),
+            linear(x, residual=residual.clone(), norm=norm),
+            gated(x),
+            gated(x, norm=norm),
+        ]
+        if not bias:
+            out = torch.full((num_tokens, 24), NAN, dtype=dtype)
+            assert linear(x, out=out, norm=norm) is out
+            found.append(out)
+        return found
+
+    expected = results()
+    for layer in (linear, gated):
+        layer.pack()
+        assert layer.weight.is_mkldnn
+        assert list(layer.products.values()) == [onednn]
+    tolerance = 4 * TOLERANCE[dtype]
+    torch.testing.assert_close(results(), expected, rtol=tolerance, atol=16 * tolerance)
+
+
+def test_a_layer_is_unpacked_to_be_filled_anew() -> None:
+    layer = GatedLinear(8, 4)
+    layer.weight.copy_(torch.arange(64.0).view(8, 8))
+    layer.pack()
+    layer.unpack()
+    assert list(layer.products.values()) == [plain]
+    for _, part in layer.shards():
+        part.fill_(1.0)
+    layer.pack()
+    torch.testing.assert_close(layer(torch.ones(2, 8)), torch.full((2, 4), 64 / (1 + math.exp(-8))))
+
+
+def test_where_onednn_is_not_there_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(4, 4)
+
+    def missing(_: Tensor) -> Tensor:
+        raise AttributeError("no attribute '_reorder_linear_weight'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing)
+        assert pack(weight) is weight
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert pack(weight) is weight
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_engine_on_a_cpu_holds_each_weight_once(
+    tied: bool, checkpoint: CheckpointFactory
+) -> None:
+    """Packed; only a tied embedding stays beside its packed head."""
+    spec = ModelSpec(tied=tied)
+    with LLM(str(checkpoint(spec)), device="cpu") as llm:
+        assert llm.model_runner is not None
+        model = llm.model_runner.model
+        matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+        plain_ones = {name for name, p in matrices.items() if not p.is_mkldnn}
+        assert plain_ones == {"model.embed_tokens.weight"}
+        assert len(matrices) == 2 + 4 * spec.num_layers

@@ -607,7 +607,7 @@ def test_torchs_defaults_are_as_before_when_the_model_cannot_be_made(
 
     monkeypatch.setattr(Qwen3ForCausalLM, "__init__", out_of_memory)
     before = torch_state()
-    with pytest.raises(MemoryError):
+    with pytest.raises(ValueError, match="no memory for the weights"):
         LLM(str(text_model), **OPTIONS, dtype="bfloat16")
     try:
         assert torch_state() == before
@@ -752,6 +752,21 @@ def test_what_a_tokenizer_gives_is_a_prompt(text_model: Path, llm: LLM) -> None:
     assert run_to_end(llm)[seq_id] == expected[0]
 
 
+def test_padding_in_what_a_tokenizer_gives_is_left_out(llm: LLM) -> None:
+    tokenizer, texts = llm.tokenizer, ["w5 w6 w7", "w5"]
+    tokenizer.pad_token = "w9"
+    expected = completions(llm, [[5, 6, 7], [5]], max_tokens=4)
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        for kind in (None, "pt", "np"):
+            given = tokenizer(texts, padding=True, return_tensors=kind)
+            assert completions(llm, given, max_tokens=4) == expected
+    padded = tokenizer("w5", padding="max_length", max_length=4)
+    assert completions(llm, [tokenizer("w5 w6 w7"), padded], max_tokens=4) == expected
+    with pytest.raises(ValueError, match="2 entries, attention_mask 1"):
+        llm.generate({"input_ids": [5, 6], "attention_mask": [1]})
+
+
 @pytest.mark.parametrize("mapping", [{}, {"ids": [1]}, {1: 2}], ids=repr)
 def test_another_mapping_is_no_prompt(mapping: Any, llm: LLM) -> None:
     with pytest.raises(TypeError, match="must be"):
@@ -762,7 +777,10 @@ def test_another_mapping_is_no_prompt(mapping: Any, llm: LLM) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    [torch.tensor([True, False]), np.array([True, False]), torch.tensor([1.0]), [True]],
+    [
+        *(torch.tensor([True, False]), torch.tensor(True), torch.tensor([1.0])),
+        *(np.array([True, False]), [True]),
+    ],
     ids=repr,
 )
 def test_bools_and_floats_are_no_token_ids(prompt: Any, llm: LLM) -> None:

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import CheckpointFactory, ModelSpec, completions, greedy, is_idle, random_prompts
+from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import model_runner
+from nanovllm.utils import loader
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "max_model_len": 96, "max_num_seqs": 4, "kvcache_block_size": 16
@@ -113,16 +117,47 @@ def test_another_shape_is_refused_and_the_old_weights_stay(
     assert use(llm) == expected
 
 
-def test_after_a_load_that_failed_halfway_only_a_load_helps(
-    llm: LLM, models: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize("fault", ["truncated", "absent", "another shape", "unknown tensor"])
+def test_a_checkpoint_whose_files_do_not_fit_leaves_the_weights_as_they_were(
+    fault: str, llm: LLM, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
     expected = use(llm)
     broken = shutil.copytree(models[1], tmp_path / "broken")
     index = json.loads((broken / "model.safetensors.index.json").read_text())
-    last = sorted(set(index["weight_map"].values()))[-1]
-    (broken / last).write_bytes((broken / last).read_bytes()[:-1])
-    with pytest.raises(ValueError, match="truncated"):
+    last = broken / sorted(set(index["weight_map"].values()))[-1]
+    tensors = load_file(last)
+    name = sorted(tensors)[0]
+    if fault == "another shape":
+        tensors[name] = torch.zeros(3)
+    tensors["model.x"] = torch.zeros(3)
+    save_file(tensors, last)
+    if fault == "truncated":
+        last.write_bytes(last.read_bytes()[:-1])
+    elif fault == "absent":
+        last.unlink()
+    with pytest.raises(ValueError, match=r"truncated|missing|has shape|no parameter"):
         llm.load_weights(broken)
+    assert use(llm) == expected
+
+
+def test_after_a_load_that_failed_halfway_only_a_load_helps(
+    llm: LLM, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = use(llm)
+    tensors = loader._tensors
+
+    def failing(model_dir: Path, device: torch.device) -> Iterator[tuple[Any, str]]:
+        for number, (file, name) in enumerate(tensors(model_dir, device)):
+            if number == 7:
+                raise ValueError("the disk is gone")
+            yield file, name
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_runner, "check_checkpoint", lambda *_: None)
+        patch.setattr(loader, "check_checkpoint", lambda *_: None)
+        patch.setattr(loader, "_tensors", failing)
+        with pytest.raises(ValueError, match="disk is gone"):
+            llm.load_weights(models[1])
     for attempt in (
         lambda: use(llm),
         lambda: llm.add_request([1]),

@@ -88,6 +88,23 @@ def test_temperature_0_is_the_argmax_beside_rows_that_are_drawn() -> None:
     assert (ids[1::2] != logits[1::2].argmax(dim=-1)).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("extra", [-1, 0, 1, 7, sampler.PART_SIZE - 1])
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 5])
+def test_argmax_is_the_first_of_the_largest(num_parts: int, extra: int, dtype: torch.dtype) -> None:
+    """With many ties, and with the largest at the borders of parts."""
+    size = num_parts * sampler.PART_SIZE + extra
+    torch.manual_seed(size)
+    x = torch.randint(0, 3, (40, size)).to(dtype)
+    borders = [n * sampler.PART_SIZE + d for n in range(num_parts + 1) for d in (-1, 0, 1)]
+    for row, column in enumerate(c for c in borders if 0 <= c < size):
+        x[row, column] = 9
+        x[row, column + 1 :: 3] = 9
+    x[-1] = -math.inf
+    expected = torch.tensor([row.tolist().index(row.max()) for row in x])
+    assert torch.equal(sampler.argmax(x), expected)
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-45, 1e-60])
 def test_a_tiny_temperature_is_the_argmax(temperature: float) -> None:
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanovllm import SamplingParams
@@ -57,6 +58,7 @@ def test_stop_strings_and_ids_are_kept_as_tuples() -> None:
     assert SamplingParams(stop=["b", "a"]).stop == ("b", "a")
     assert SamplingParams(stop=[]).stop == ()
     assert SamplingParams(stop_token_ids=[3, 0]).stop_token_ids == (3, 0)
+    assert SamplingParams(stop_token_ids=np.array([3, 0])).stop_token_ids == (3, 0)
 
 
 def test_equal_parameters_hash_equally() -> None:

@@ -102,7 +102,12 @@ def test_each_request_has_its_own_stop_texts(whole: dict[str, Any], trained_llm:
 def test_stop_texts_are_found_in_a_request_that_was_preempted() -> None:
     params = SamplingParams(temperature=0.0, stop="spell")
     with LLM(
-        str(TINY), device="cpu", max_model_len=48, kvcache_block_size=16, num_kvcache_blocks=4
+        str(TINY),
+        device="cpu",
+        dtype="float32",
+        max_model_len=48,
+        kvcache_block_size=16,
+        num_kvcache_blocks=4,
     ) as llm:
         outputs = llm.generate([ask(llm, QUESTION)] * 4, params, use_tqdm=False)
         assert llm.stats()["num_preemptions"] > 0

@@ -1,11 +1,13 @@
 """One engine in many threads, in signal handlers, and in a process that forked."""
 
 import copy
+import gc
 import os
 import pickle
 import random
 import signal
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from conftest import Tally, completions, greedy, is_idle, random_prompts
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.progress import Progress
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 
@@ -167,6 +170,97 @@ def test_an_exception_in_one_thread_does_no_harm_to_the_others(
     results = in_threads(8, use)
     assert results.count(None) == 2
     assert all(found in (None, own) for found, own in zip(results, expected, strict=True))
+
+
+def test_a_stream_that_several_threads_ask_gives_each_piece_once(llm: LLM) -> None:
+    """Who asks while another waits is refused, as by a generator; the stream goes on."""
+    prompts = prompts_for(6)
+    expected = [generated(llm, prompt) for prompt in prompts]
+    stream = llm.stream(prompts, greedy(MAX_TOKENS))
+    found = [Counter[int]() for _ in prompts]
+    messages = set()
+
+    def ask(_: int) -> None:
+        while True:
+            try:
+                piece = next(stream)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                messages.add(str(error))
+            else:
+                found[piece["index"]].update(piece["token_ids"])
+
+    in_threads(4, ask)
+    assert found == [Counter(ids) for ids in expected]
+    assert messages <= {"another thread waits for the next piece of this stream"}
+
+
+def test_no_thread_goes_on_stepping_for_what_is_not_there(llm: LLM) -> None:
+    stream = llm.stream([1, 2, 3], greedy(MAX_TOKENS))
+    next(stream)
+    llm._step_until(lambda: llm.is_finished() and False)
+    assert sum(len(piece["token_ids"]) for piece in stream) == MAX_TOKENS - 1
+
+
+def test_a_stream_closed_as_it_begins_leaves_nothing(llm: LLM) -> None:
+    """By another thread, between the look whether it is closed and the queuing."""
+    stream = llm.stream([1, 2, 3], greedy(MAX_TOKENS))
+    enqueue = llm._enqueue
+
+    def late(*args: Any) -> None:
+        ThreadPoolExecutor(1).submit(stream.close).result()
+        enqueue(*args)
+
+    llm._enqueue = late  # type: ignore[method-assign]
+    assert list(stream) == []
+    assert is_idle(llm)
+
+
+def test_what_one_thread_does_to_the_tokenizer_is_nothing_to_another(trained_llm: LLM) -> None:
+    text = "list all prime numbers within 100 " * 5
+    [expected] = trained_llm.generate(text, greedy(1), use_tqdm=False)
+    tokenizer, is_over = trained_llm.tokenizer, threading.Event()
+
+    def truncate() -> None:
+        while not is_over.is_set():
+            tokenizer([text, "a"], truncation=True, max_length=5, padding=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(truncate)
+        outputs = [trained_llm.generate(text, greedy(1), use_tqdm=False)[0] for _ in range(50)]
+        is_over.set()
+        other.result()
+    assert all(output["prompt_token_ids"] == expected["prompt_token_ids"] for output in outputs)
+
+
+def test_an_engine_that_is_dropped_is_freed_at_once(tiny_model: Path) -> None:
+    llm = LLM(str(tiny_model), device="cpu", max_model_len=96)
+    generated(llm, [1, 2, 3])
+    list(llm.stream([1], greedy(2)))
+    freed = weakref.ref(llm)
+    gc.disable()
+    try:
+        del llm
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_a_bar_is_drawn_while_another_thread_steps(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread is told of no tokens several times a second."""
+    told = Counter[tuple[int, bool]]()
+    real = Progress.count_step
+
+    def count_step(self: Progress, num_tokens: int, seconds: float) -> None:
+        told[threading.get_ident(), num_tokens == 0] += 1
+        real(self, num_tokens, seconds)
+
+    monkeypatch.setattr(Progress, "count_step", count_step)
+    in_threads(2, lambda i: llm.generate([[1 + i] * 5], greedy(80), use_tqdm=False))
+    assert any(was_waiting for _, was_waiting in told)
 
 
 def test_a_request_aborted_by_another_thread_ends_its_call(llm: LLM) -> None:
@@ -325,6 +419,20 @@ def test_a_signal_handler_may_shut_the_engine_down(tiny_model: Path) -> None:
     assert llm.is_finished()
 
 
+def test_what_a_signal_handler_asked_for_is_done_though_it_raises(tiny_model: Path) -> None:
+    llm = LLM(str(tiny_model), device="cpu", max_model_len=96)
+
+    def handler() -> None:
+        llm.exit()
+        raise KeyboardInterrupt
+
+    interrupting(llm, "launched", 1, handler)
+    llm.add_request([1, 2, 3])
+    with alarms(handler), pytest.raises(KeyboardInterrupt):
+        llm.step()
+    assert llm.model_runner is None
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -410,9 +518,11 @@ def test_an_engine_is_refused_in_a_process_that_forked(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("act", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_an_engine_cannot_be_pickled_or_copied(llm: LLM, act: Callable[[LLM], object]) -> None:
+def test_an_engine_cannot_be_pickled_or_copied(llm: LLM, act: Callable[[object], object]) -> None:
     with pytest.raises(TypeError, match="cannot be pickled or copied"):
         act(llm)
+    with pytest.raises(TypeError, match="cannot be copied"):
+        act(llm.stream([1], greedy(2)))
 
 
 # --- torch's generator -----------------------------------------------------------------------
@@ -423,6 +533,8 @@ def test_only_requests_that_need_a_seed_draw_one(llm: LLM) -> None:
     before = torch.get_rng_state()
     llm.generate([[1], [2]], greedy(3), use_tqdm=False)
     llm.generate([[1]], SamplingParams(max_tokens=2, seed=5), use_tqdm=False)
+    with pytest.raises(ValueError, match="prompt 1"):
+        llm.generate([[1], []], SamplingParams(max_tokens=2), use_tqdm=False)
     assert torch.equal(torch.get_rng_state(), before)
     llm.generate([[1]], SamplingParams(max_tokens=2), use_tqdm=False)
     assert not torch.equal(torch.get_rng_state(), before)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as ListLike
 from functools import lru_cache
-from inspect import signature
 from operator import index
 from typing import Any, TypeVar
 
@@ -22,6 +21,8 @@ def as_ids(prompt: ListLike[int]) -> list[int]:
     prompt = _input_ids(prompt)
     if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, Mapping)):
         raise TypeError(f"a prompt must be a str or a list of token ids, got {prompt!r:.80}")
+    if getattr(prompt, "ndim", 1) == 0:
+        raise TypeError(f"a prompt must be a str or a list of token ids, got {prompt!r:.80}")
     ids: list[Any] = list(prompt)
     if list(map(type, ids)).count(int) == len(ids):  # nearly always, and twenty times as fast
         return ids
@@ -32,10 +33,21 @@ def as_ids(prompt: ListLike[int]) -> list[int]:
 
 
 def _input_ids(prompts: Any) -> Any:
-    """What a tokenizer's output holds as "input_ids"; anything else as it is."""
-    if isinstance(prompts, Mapping) and "input_ids" in prompts:
-        return prompts["input_ids"]
-    return prompts
+    """The ids in a tokenizer's output, without its padding; anything else as it is."""
+    if not isinstance(prompts, Mapping) or "input_ids" not in prompts:
+        return prompts
+    ids, mask = prompts["input_ids"], prompts.get("attention_mask")
+    return ids if mask is None else _without_padding(ids, mask)
+
+
+def _without_padding(ids: Any, mask: Any) -> list[Any]:
+    """The ids, of one prompt or of several, where the mask is not 0."""
+    if len(ids) != len(mask):
+        raise ValueError(f"input_ids has {len(ids)} entries, attention_mask {len(mask)}")
+    pairs = list(zip(ids, mask, strict=True))
+    if any(isinstance(row, Iterable) and getattr(row, "ndim", 1) for row in ids):
+        return [_without_padding(*pair) for pair in pairs]
+    return [token for token, is_kept in pairs if is_kept]
 
 
 def _is_int_like(value: object) -> bool:
@@ -163,6 +175,7 @@ def _check_message(message: object) -> None:
 def as_chat_prompts(
     messages: Conversation | ListLike[Conversation],
     config: Config,
+    template: Any | None,
     tokenizer: Any | None,
     options: Mapping[str, Any],
 ) -> list[list[int]]:
@@ -170,48 +183,49 @@ def as_chat_prompts(
 
     Args:
         messages: one conversation, or a list of them.
+        template: the tokenizer whose chat template is used.
+        tokenizer: the one that encodes what it writes.
         options: what the template is given; add_generation_prompt is true unless it says else.
 
     Raises:
         TypeError, ValueError: no tokenizer, no template, an option that it does not use, a
             malformed conversation, or one that the template refuses.
     """
-    if tokenizer is None:
+    if template is None or tokenizer is None:
         raise ValueError(f"{config.model_dir} has no tokenizer, which chat() needs")
     if "tokenize" in options:
         raise TypeError("chat() takes any template option but tokenize, which it sets itself")
-    if not (tokenizer.chat_template or options.get("chat_template")):
+    if not (template.chat_template or options.get("chat_template")):
         raise ValueError(
             f"the tokenizer of {config.model_dir} has no chat template: "
             "give one as chat_template=..."
         )
-    _check_template_options(tokenizer, options)
+    _check_template_options(template, options)
     conversations = as_conversation_list(messages)
 
     def render(conversation: Conversation) -> list[int]:
-        return _render_chat(tokenizer, as_conversation(conversation), options)
+        text = _render_chat(template, as_conversation(conversation), options)
+        # The template writes every special token itself.
+        return encode(tokenizer, text, add_special_tokens=False)
 
     return for_each(render, "conversation", conversations)
 
 
 def _check_template_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
-    """Raise TypeError for an option that neither the chat template nor the tokenizer looks at."""
+    """Raise TypeError for an option that makes no difference to what the chat template writes."""
     if not options:
         return
     given = options.get("chat_template") or tokenizer.chat_template
     templates = given.values() if isinstance(given, dict) else [given]
-    known = set(signature(tokenizer.apply_chat_template).parameters)
+    known = {"chat_template", "add_generation_prompt", "continue_final_message"}
     for template in templates:
         variables = _variables(template)
         if variables is None:
             return
         known |= variables
     if unknown := [name for name in options if name not in known]:
-        used = sorted(known - {"self", "conversation", "messages", "tokenize", "kwargs"})
-        raise TypeError(
-            f"the chat template does not use {unknown[0]!r}; it, or the tokenizer, uses "
-            f"{', '.join(used)}"
-        )
+        used = ", ".join(sorted(known - {"messages"}))
+        raise TypeError(f"the chat template does not use {unknown[0]!r}; it takes {used}")
 
 
 @lru_cache(maxsize=16)
@@ -230,7 +244,8 @@ def is_chat(prompts: Any) -> bool:
     first = prompts
     for _ in range(2):
         is_array = str(getattr(first, "dtype", "")) == "object"
-        if not (is_array or isinstance(first, (list, tuple))) or len(first) == 0:
+        is_list = isinstance(first, ListLike) and not isinstance(first, (str, bytes))
+        if not (is_array or is_list) or len(first) == 0:
             break
         first = first[0]
     return first is not prompts and isinstance(first, Mapping) and "input_ids" not in first
@@ -252,15 +267,14 @@ def for_each(make: Callable[[T], R], what: str, entries: ListLike[T]) -> list[R]
 
 def _render_chat(
     tokenizer: Any, conversation: list[dict[str, Any]], options: Mapping[str, Any]
-) -> list[int]:
+) -> str:
     try:
-        text = tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             conversation, tokenize=False, **{"add_generation_prompt": True, **options}
         )
     except Exception as error:  # whatever a template makes it raise
         raise ValueError(f"the chat template refuses {conversation!r:.80}: {error}") from error
-    # The template writes every special token itself.
-    return encode(tokenizer, text, add_special_tokens=False)
+    return text
 
 
 def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -4,10 +4,13 @@ import os
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
+from operator import index
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NoReturn, Unpack, cast
+from weakref import WeakMethod
 
 from nanovllm.config import Config, Options
 from nanovllm.engine.block_manager import BlockManager
@@ -30,10 +33,9 @@ from nanovllm.engine.results import Result, Stream, result
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import find_hidden_ids, find_stop_ids, load_tokenizer
-from nanovllm.engine.turns import Turns, never
-from nanovllm.model_config import ModelConfig
+from nanovllm.engine.turns import Turns, always, never
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.loader import read_config, resolve_model_dir
+from nanovllm.utils.loader import read_model_config, resolve_model_dir
 
 # Told of a step with what has just happened to it: see LLMEngine.
 Event = Literal["begin", "scheduled", "launched", "read", "processed"]
@@ -69,12 +71,13 @@ class LLMEngine:
             tokenizer = pool.submit(load_tokenizer, config)
             self.model_runner: ModelRunner | None = ModelRunner(config)
         try:
-            self.tokenizer = tokenizer.result()
-            self.stop_ids = find_stop_ids(config, self.tokenizer)
+            self._tokenizer = tokenizer.result()
+            self.stop_ids = find_stop_ids(config, self._tokenizer)
         except (TypeError, ValueError):
             self.model_runner.free()
             raise
-        self._hidden_ids = find_hidden_ids(self.tokenizer)
+        self._users_tokenizer: Any | None = None
+        self._hidden_ids = find_hidden_ids(self._tokenizer)
         self.scheduler = Scheduler(
             config,
             BlockManager(self.model_runner.num_blocks, config.kvcache_block_size),
@@ -85,9 +88,25 @@ class LLMEngine:
         self._finished: list[Sequence] = []  # not reported yet
         self._in_flight: Launched | None = None  # a step whose ids have not been read
         self._are_weights_whole = True
-        self._turns = Turns(self._recover, self._count)
+        # Weak, so that an engine that is dropped is freed at once.
+        self._turns = Turns(WeakMethod(self._recover), WeakMethod(self._count))
         self._count()
         self._pid = os.getpid()
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The model's `transformers` tokenizer, None without one; its chat template is `chat`'s.
+
+        It is a copy of the one that requests are encoded with: a tokenizer keeps truncation and
+        padding as a state of its own, which one thread may change while another has text encoded.
+        """
+        if self._users_tokenizer is None:
+            self._users_tokenizer = deepcopy(self._tokenizer)
+        return self._users_tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._users_tokenizer, self._tokenizer = tokenizer, deepcopy(tokenizer)
 
     def __enter__(self) -> "LLMEngine":
         return self
@@ -120,6 +139,7 @@ class LLMEngine:
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         seq = self._make_sequence(prompt, params)
+        self._draw_seed(seq)
         try:
             self._enqueue([seq])
         except BaseException:
@@ -135,9 +155,9 @@ class LLMEngine:
             RuntimeError: the engine was shut down.
         """
         self._runner()
-        if not isinstance(seq_id, int):
+        if isinstance(seq_id, bool) or not hasattr(seq_id, "__index__"):
             raise TypeError(f"seq_id must be an int, got {seq_id!r:.80}")
-        self._abort({seq_id})
+        self._abort({index(seq_id)})
 
     def is_finished(self) -> bool:
         """True when nothing is under way and every result has been given out."""
@@ -205,7 +225,7 @@ class LLMEngine:
         except BaseException:
             self._abort({seq.seq_id for seq in seqs})
             raise
-        return [result(seq, self.tokenizer) for seq in seqs]
+        return [result(seq, self._tokenizer) for seq in seqs]
 
     def chat(
         self,
@@ -232,7 +252,7 @@ class LLMEngine:
             RuntimeError: the engine was shut down.
         """
         self._refuse_nested_steps()
-        prompts = as_chat_prompts(messages, self.config, self.tokenizer, template_options)
+        prompts = self._chat_prompts(messages, template_options)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(
@@ -263,8 +283,7 @@ class LLMEngine:
         """
         self._runner()
         if is_chat(prompts):
-            messages = cast(Conversation, prompts)
-            prompts = as_chat_prompts(messages, self.config, self.tokenizer, template_options)
+            prompts = self._chat_prompts(cast(Conversation, prompts), template_options)
         elif template_options:
             raise TypeError(f"only conversations take {', '.join(template_options)}")
         prompts = cast(ListLike[Prompt], prompts)
@@ -310,7 +329,8 @@ class LLMEngine:
     def load_weights(self, model: str | Path) -> None:
         """Fill the model from another checkpoint of the same shape, and forget every prefix.
 
-        If it fails halfway, the engine refuses to generate until a load succeeds.
+        Names and shapes are checked before anything is changed. If it fails halfway for all that,
+        the engine refuses to generate until a load succeeds.
 
         Args:
             model: a local directory, or a Hub repo id.
@@ -322,11 +342,12 @@ class LLMEngine:
         """
         self._refuse_nested_steps()
         model_dir = resolve_model_dir(model)
-        other = ModelConfig.from_dict(read_config(model_dir))
+        other = read_model_config(model_dir)
         if found := self.config.model_config.differences(other):
             raise ValueError(f"{model_dir} is of another shape than the model: {', '.join(found)}")
 
         def load() -> None:
+            self._runner().check_weights(model_dir)
             self._are_weights_whole = False
             self._runner().load_weights(model_dir)
             self._forget_prefixes()
@@ -368,22 +389,27 @@ class LLMEngine:
         Args:
             has_news: true once the caller has something to do.
             show: told of each step that this thread makes, its tokens as `step` gives them and
-                its seconds.
+                its seconds; and now and then, of no tokens, while another thread steps.
         """
 
         def steps() -> None:
-            while not has_news():
+            while self._requests and not has_news():
                 started = perf_counter()
                 num_tokens = self._step()
                 show(num_tokens, perf_counter() - started)
 
-        self._take_turn(steps, has_news)
+        self._take_turn(steps, has_news, lambda: show(0, 0))
         self._runner()
 
-    def _take_turn(self, work: Callable[[], None], has_news: Callable[[], bool] = never) -> None:
-        """Do some work in this thread's turn, unless there is news before."""
+    def _take_turn(
+        self,
+        work: Callable[[], None],
+        has_news: Callable[[], bool] = never,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Do some work in this thread's turn, unless there is news before: see Turns.take."""
         self._refuse_nested_steps()
-        self._turns.take(work, has_news)
+        self._turns.take(work, has_news, while_waiting)
 
     def _refuse_nested_steps(self) -> None:
         """Raise RuntimeError if this thread has interrupted a step of its own."""
@@ -443,9 +469,11 @@ class LLMEngine:
         for observer in tuple(self.observers):
             observer(event, batch)
 
-    def _enqueue(self, seqs: list[Sequence]) -> None:
+    def _enqueue(self, seqs: list[Sequence], is_wanted: Callable[[], bool] = always) -> None:
+        """Queue requests, unless by the time that it can be done they are not wanted any more."""
+
         def enqueue() -> None:
-            for seq in seqs:
+            for seq in seqs if is_wanted() else ():
                 if seq.seq_id not in self._requests:
                     self._requests[seq.seq_id] = seq
                     self.scheduler.add(seq)
@@ -493,6 +521,12 @@ class LLMEngine:
             )
         return self._runner()
 
+    def _chat_prompts(
+        self, messages: Conversation | ListLike[Conversation], options: dict[str, Any]
+    ) -> list[list[int]]:
+        template = self._users_tokenizer or self._tokenizer  # whichever a user can have changed
+        return as_chat_prompts(messages, self.config, template, self._tokenizer, options)
+
     def _make_sequences(
         self,
         prompts: Prompt | ListLike[Prompt],
@@ -507,21 +541,25 @@ class LLMEngine:
         seqs = for_each(lambda pair: self._make_sequence(*pair, is_streamed), "prompt", pairs)
         for seq in seqs:
             seq.is_awaited = True
+            self._draw_seed(seq)
         return seqs
 
     def _make_sequence(
         self, prompt: Prompt, params: SamplingParams, is_streamed: bool = False
     ) -> Sequence:
-        runner = self._ready_runner()
-        check_params(params, self.config, self.tokenizer)
-        token_ids = as_prompt_ids(prompt, self.config, self.tokenizer)
-        seed = params.seed
-        if seed is None:
-            seed = runner.new_seed() if params.temperature else 0  # greedy requests draw nothing
-        seq = Sequence(token_ids, params, self.config.max_model_len, seed)
+        """Check a prompt and its parameters; the seed is drawn later, once all are checked."""
+        self._ready_runner()
+        check_params(params, self.config, self._tokenizer)
+        token_ids = as_prompt_ids(prompt, self.config, self._tokenizer)
+        seq = Sequence(token_ids, params, self.config.max_model_len, params.seed or 0)
         seq.is_streamed = is_streamed
-        if params.stop or (is_streamed and self.tokenizer is not None):
+        if params.stop or (is_streamed and self._tokenizer is not None):
             seq.detokenizer = Detokenizer(
-                self.tokenizer, params, seq.num_prompt_tokens, self._hidden_ids
+                self._tokenizer, params, seq.num_prompt_tokens, self._hidden_ids
             )
         return seq
+
+    def _draw_seed(self, seq: Sequence) -> None:
+        """A seed from torch's generator, for a request that needs one and was given none."""
+        if seq.params.seed is None and seq.params.temperature:
+            seq.seed = self._runner().new_seed()

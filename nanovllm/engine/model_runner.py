@@ -28,8 +28,8 @@ from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
-from nanovllm.utils.loader import fill_random, load_weights
-from nanovllm.utils.memory import CudaBudget, cpu_pool_budget, require_memory
+from nanovllm.utils.loader import check_checkpoint, checkpoint_shapes, fill_random, load_weights
+from nanovllm.utils.memory import CudaBudget, cpu_pool_budget, memory_for, require_memory
 from nanovllm.utils.timer import logged
 
 logger = logging.getLogger("nanovllm")
@@ -65,8 +65,10 @@ class ModelRunner:
         alone = _building if self.device.type == "cuda" else nullcontext()
         with alone, own_modes(self.device, inference=False):
             budget = CudaBudget(self.device) if self.device.type == "cuda" else None
-            self.model = self._load_model()
-            self._allocate_step_memory()
+            with memory_for("the weights", "the model is too large for what is free"):
+                self.model = self._load_model()
+            with memory_for("the logits of a step", "give a smaller max_num_seqs"):
+                self._allocate_step_memory()
             if kernels.usable(self.device):
                 with logged("Compiling kernels"):
                     self._compile_kernels()
@@ -105,7 +107,12 @@ class ModelRunner:
         Of two steps under way, the older one must be read before a third is launched.
         """
         sampling = [item for item in batch.items if item.samples]
-        with own_modes(self.device, inference=True):
+        memory = memory_for(
+            f"a step of {batch.num_tokens} tokens",
+            "give a smaller max_num_batched_tokens or max_num_seqs",
+            MemoryError,
+        )
+        with own_modes(self.device, inference=True), memory:
             if batch.is_prefill:
                 self._launch_prefill(batch.items, sampling)
             elif self.graphs is not None:
@@ -115,8 +122,12 @@ class ModelRunner:
             self.layout.remember_sampled(sampling)
             return self._read_later(batch, sampling)
 
+    def check_weights(self, model_dir: Path) -> None:
+        """Raise ValueError, as utils.loader.check_checkpoint, for what load_weights refuses."""
+        check_checkpoint(self._shapes, self.model.tie_word_embeddings, model_dir)
+
     def load_weights(self, model_dir: Path) -> None:
-        """Fill the model from another checkpoint. Its memory, and so the CUDA graphs, stay.
+        """Fill the model from another checkpoint. On a GPU its memory, and so the graphs, stay.
 
         Raises:
             ValueError: as utils.loader.load_weights; some of the parameters may be filled.
@@ -156,6 +167,7 @@ class ModelRunner:
                 fill_random(model)
             else:
                 load_weights(model, config.model_dir)
+            self._shapes = checkpoint_shapes(model)
             model.pack()
         return model.eval()
 
@@ -201,14 +213,13 @@ class ModelRunner:
         """A pool of num_blocks, each layer's part bound to its attention."""
         model = self.config.model_config
         shape = 2, model.num_layers, num_blocks, self.block_size, model.num_kv_heads, model.head_dim
-        try:
+        what = f"a KV pool of {num_blocks} blocks of {self.block_size} tokens"
+        with memory_for(
+            what,
+            "give a smaller num_kvcache_blocks or kvcache_block_size, or max_num_seqs and "
+            "max_model_len, of which it is derived on a CPU, or gpu_memory_utilization",
+        ):
             kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
-        except (RuntimeError, MemoryError) as error:
-            raise ValueError(
-                f"no memory for a KV pool of {num_blocks} blocks of {self.block_size} tokens: give "
-                "a smaller num_kvcache_blocks, or max_num_seqs and max_model_len, of which it is "
-                "derived on a CPU, or gpu_memory_utilization"
-            ) from error
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         for layer, k_cache, v_cache in zip(layers, *kv_cache, strict=True):
             layer.k_cache, layer.v_cache = k_cache, v_cache

@@ -31,11 +31,12 @@ class Progress:
         self.bar.close()
 
     def count_step(self, num_tokens: int, seconds: float) -> None:
-        """A step took so long; its tokens as `LLMEngine.step` gives them."""
-        if self.bar.disable or not num_tokens:
+        """A step took so long; its tokens as `LLMEngine.step` gives them, or 0: only draw."""
+        if self.bar.disable:
             return
-        kind = "Prefill" if num_tokens > 0 else "Decode"
-        self._speeds[kind] = f"{abs(num_tokens) / seconds:.0f}tok/s"
+        if num_tokens:
+            kind = "Prefill" if num_tokens > 0 else "Decode"
+            self._speeds[kind] = f"{abs(num_tokens) / seconds:.0f}tok/s"
         if perf_counter() >= self._next_s:
             self._draw()
 

@@ -1,6 +1,7 @@
 """What callers are given of a request: its result, or, in a stream, the pieces of it."""
 
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NoReturn, NotRequired, TypedDict
 
 from nanovllm.engine.sequence import News, Sequence
 
@@ -104,16 +105,24 @@ class Stream:
     """An iterator over the pieces of some requests, as their tokens come.
 
     Nothing is queued before the first piece is asked for. Its requests are aborted when it is
-    closed, dropped or left by an exception. `num_prompt_tokens`: of all its prompts.
+    closed, from any thread, dropped or left by an exception. One thread at a time may ask it for a
+    piece. `num_prompt_tokens`: of all its prompts.
     """
+
+    _is_queued = False  # its requests are in the engine, or about to be
+    _is_closed = False  # and must not get there any more
+    _has_ended = False  # nor is any left there
 
     def __init__(self, engine: "LLMEngine", seqs: list[Sequence]) -> None:
         self._engine = engine
         self._seqs = seqs
         self.num_prompt_tokens = sum(seq.num_prompt_tokens for seq in seqs)
-        self._is_queued = self._is_closed = False
         self._left = [StreamedSequence(index, seq) for index, seq in enumerate(seqs)]
         self._round = iter(self._left)
+        self._asking = Lock()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a stream cannot be copied: its requests are its own")
 
     def __iter__(self) -> "Stream":
         return self
@@ -122,26 +131,30 @@ class Stream:
         """What is new of one request.
 
         Raises:
-            RuntimeError: the engine was shut down, or this thread has interrupted a step of its
-                own.
+            RuntimeError: the engine was shut down, this thread has interrupted a step of its own,
+                or another thread waits for the next piece (the stream goes on).
         """
         if self._is_closed:
             raise StopIteration
         self._engine._refuse_nested_steps()
+        if not self._asking.acquire(blocking=False):
+            raise RuntimeError("another thread waits for the next piece of this stream")
         try:
             piece = self._next_piece()
         except BaseException:
             self.close()
             raise
+        finally:
+            self._asking.release()
         if piece is None:
-            self._is_closed = True
+            self._is_closed = self._has_ended = True
             raise StopIteration
         return piece
 
     def _next_piece(self) -> Piece | None:
         if not self._is_queued:
             self._is_queued = True
-            self._engine._enqueue(self._seqs)
+            self._engine._enqueue(self._seqs, lambda: not self._is_closed)
         while self._left:
             for stream in self._round:
                 if stream.has_news:
@@ -159,9 +172,10 @@ class Stream:
 
     def close(self) -> None:
         """Abort what has not ended. Within a step of this thread: when the step ends."""
-        if self._is_queued and not self._is_closed:
+        self._is_closed = True  # before it is asked whether they are queued: see _next_piece
+        if self._is_queued and not self._has_ended:
             self._engine._abort({seq.seq_id for seq in self._seqs}, waits=False)
-        self._is_closed = True
+        self._has_ended = True
 
     def __del__(self) -> None:
         self.close()

@@ -4,7 +4,7 @@ from threading import Lock
 from typing import Any
 
 from nanovllm.config import Config
-from nanovllm.model_config import as_token_ids, read_json
+from nanovllm.model_config import LFS_ADVICE, as_token_ids, is_lfs_pointer, read_json
 
 _importing = Lock()  # what transformers imports when it is asked for, a second thread finds halfway
 
@@ -32,6 +32,9 @@ def load_tokenizer(config: Config) -> Any | None:
         )
         return tokenizer
     except Exception as error:  # whatever a broken file makes it raise
+        for path in config.model_dir.iterdir():
+            if path.is_file() and is_lfs_pointer(path):
+                raise ValueError(f"{path} {LFS_ADVICE}") from None
         raise ValueError(f"{config.model_dir}: the tokenizer cannot be loaded: {error}") from error
 
 

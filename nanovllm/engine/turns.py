@@ -5,6 +5,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from threading import get_ident
 from typing import TypeVar
+from weakref import WeakMethod
 
 T = TypeVar("T")
 
@@ -14,6 +15,10 @@ LOOK_AROUND = 0.1
 
 def never() -> bool:
     return False
+
+
+def always() -> bool:
+    return True
 
 
 class _Place:
@@ -47,7 +52,9 @@ class Turns:
         whole: called at the end of each change.
     """
 
-    def __init__(self, repair: Callable[[], None], whole: Callable[[], None]) -> None:
+    def __init__(
+        self, repair: "WeakMethod[Callable[[], None]]", whole: "WeakMethod[Callable[[], None]]"
+    ) -> None:
         self._line: deque[_Place] = deque()
         self._notes: deque[Callable[[], None]] = deque()
         self._repair = repair
@@ -59,18 +66,24 @@ class Turns:
         thread = get_ident()
         return any(place.thread == thread for place in list(self._line))
 
-    def take(self, work: Callable[[], object], has_news: Callable[[], bool] = never) -> None:
+    def take(
+        self,
+        work: Callable[[], object],
+        has_news: Callable[[], bool] = never,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
         """Do some work when it is the caller's turn, unless there is news for it before.
 
         Args:
             work: makes its changes by `change`.
             has_news: true once the caller need wait no longer. Other threads ask it.
+            while_waiting: called several times a second.
         """
         assert not self.is_inside()
         place = _Place(has_news)
         try:
             self._line.append(place)
-            if self._wait(place):
+            if self._wait(place, while_waiting):
                 self._settle()
                 work()
                 self._settle()
@@ -80,8 +93,8 @@ class Turns:
             except ValueError:
                 pass
             self._wake(0)
-        if self._notes and not self._line:  # left when this thread had looked for the last time
-            self.take(lambda: None)
+            if self._notes and not self._line:  # left after this thread had looked, or it failed
+                self.take(lambda: None)
 
     def change(self, change: Callable[[], T]) -> T:
         """Make a change in one's turn: what was broken is repaired, and notes are carried out."""
@@ -102,11 +115,12 @@ class Turns:
             return
         self.take(lambda: None, lambda: not waits or change not in self._notes)
 
-    def _wait(self, place: _Place) -> bool:
+    def _wait(self, place: _Place, while_waiting: Callable[[], None]) -> bool:
         """Wait until it is the turn of a place (True) or there is news for it."""
         while self._line[0] is not place:
             if place.has_news():
                 return False
+            while_waiting()
             try:  # noqa: SIM105
                 place.alarm.get(timeout=LOOK_AROUND)
             except Empty:
@@ -120,8 +134,8 @@ class Turns:
                 place.alarm.put(None)
 
     def _settle(self) -> None:
-        if self._is_broken:
-            self._make(self._repair)
+        if self._is_broken and (repair := self._repair()):
+            self._make(repair)
         while self._notes:
             self._make(self._notes[0])
             self._notes.popleft()
@@ -129,6 +143,7 @@ class Turns:
     def _make(self, change: Callable[[], T]) -> T:
         self._is_broken = True
         result = change()
-        self._whole()
+        if whole := self._whole():
+            whole()
         self._is_broken = False
         return result

@@ -1,5 +1,6 @@
 """Which device and dtype an engine computes on, and how host numbers get there."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("nanovllm")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -17,7 +20,10 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:  # an index that no number of GPUs reaches
+        raise ValueError(f"device={name!r} is no device: {error}") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device={name!r}, but torch finds no CUDA GPU")
@@ -34,10 +40,23 @@ def resolve_dtype(requested: str, checkpoint: str, device: torch.device) -> torc
     if requested != "auto":
         return dtypes[requested]
     if device.type == "cpu":
+        if checkpoint == "bfloat16" and multiplies_bfloat16():
+            logger.info("dtype bfloat16: the checkpoint's, and this processor multiplies in it")
+            return torch.bfloat16
+        reason = ", and this processor does not multiply in it" if checkpoint == "bfloat16" else ""
+        logger.info(f"dtype float32: the checkpoint's is {checkpoint}{reason}")
         return torch.float32
     if checkpoint == "bfloat16" and torch.cuda.get_device_capability(device) < (8, 0):
         return torch.float16
     return dtypes[checkpoint]
+
+
+def multiplies_bfloat16() -> bool:
+    """True if this processor has instructions for products in bfloat16, and torch uses them."""
+    if not (hasattr(torch.cpu, "get_capabilities") and torch.backends.mkldnn.is_available()):
+        return False
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @contextmanager

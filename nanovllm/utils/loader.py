@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from nanovllm.model_config import LFS_ADVICE, is_lfs_pointer, read_json
+from nanovllm.model_config import LFS_ADVICE, ModelConfig, is_lfs_pointer, read_json
 
 CONFIG_FILES = (
     "config.json",
@@ -81,17 +81,22 @@ def _hint(path: Path) -> str:
     return ""
 
 
-def read_config(model_dir: Path) -> dict[str, Any]:
-    """config.json of a model's directory.
+def read_model_config(model_dir: Path) -> ModelConfig:
+    """What config.json in a model's directory says.
 
     Raises:
-        ValueError: there is none, or it cannot be read; says what there is instead.
+        TypeError, ValueError: there is none (says what there is instead), it cannot be read, or is
+            of a model that is not supported.
     """
     if not (model_dir / "config.json").is_file():
         raise ValueError(
             f"{model_dir} is no model directory, it has no config.json{_hint(model_dir)}"
         )
-    return read_json(model_dir / "config.json")
+    raw = read_json(model_dir / "config.json")
+    try:
+        return ModelConfig.from_dict(raw)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{model_dir / 'config.json'}: {error}") from error
 
 
 def checkpoint_targets(model: nn.Module) -> dict[str, Tensor]:
@@ -107,64 +112,88 @@ def checkpoint_targets(model: nn.Module) -> dict[str, Tensor]:
     return targets
 
 
-def load_weights(model: nn.Module, model_dir: Path) -> None:
-    """Fill all of a model's parameters from the safetensors in a directory.
+def checkpoint_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every tensor that a checkpoint must hold, by its name there."""
+    return {name: target.shape for name, target in checkpoint_targets(model).items()}
 
-    Tensors are read straight to the parameters' device and converted to their dtype. A tied weight
-    may stand under either of its names, or under both if they are equal. Rotary frequencies, which
-    old exports carry, are passed over.
+
+# One tensor under two names, where tie_word_embeddings is true.
+TIED = {"lm_head.weight", "model.embed_tokens.weight"}
+
+
+def check_checkpoint(shapes: dict[str, torch.Size], is_tied: bool, model_dir: Path) -> None:
+    """See whether the safetensors in a directory fill a model, by what their headers say.
+
+    Args:
+        shapes: from checkpoint_shapes.
+        is_tied: a weight of TIED may stand under either name, or both.
 
     Raises:
         ValueError: a missing, truncated or corrupt file, a tensor of the wrong shape or with no
             parameter, a tensor that comes twice, or a parameter with no tensor.
     """
-    targets = checkpoint_targets(model)
-    tied = set[str]()
-    if getattr(model, "tie_word_embeddings", False):
-        tied = {"lm_head.weight", "model.embed_tokens.weight"}
-    filled: set[str] = set()
-    for name, tensor in _read_tensors(model_dir, next(model.parameters()).device):
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
-        if name in filled:
+    found: set[str] = set()
+    for file, name in _tensors(model_dir, torch.device("cpu")):
+        if name in found:
             raise ValueError(f"{model_dir}: tensor {name!r} stands in the checkpoint twice")
-        if name not in targets:
+        if name not in shapes:
             raise ValueError(f"{model_dir}: the model has no parameter for tensor {name!r}")
-        if not tensor.is_floating_point():
+        tensor = file.get_slice(name)
+        if not tensor.get_dtype().startswith(("F", "BF")):
             raise ValueError(
-                f"{model_dir}: tensor {name!r} is {tensor.dtype}; quantised checkpoints are not "
-                "implemented"
+                f"{model_dir}: tensor {name!r} is {tensor.get_dtype()}; quantised checkpoints are "
+                "not implemented"
             )
-        if tensor.shape != targets[name].shape:
+        if list(tensor.get_shape()) != list(shapes[name]):
             raise ValueError(
-                f"{model_dir}: tensor {name!r} has shape {list(tensor.shape)}, the configuration "
-                f"asks for {list(targets[name].shape)}"
+                f"{model_dir}: tensor {name!r} has shape {tensor.get_shape()}, the configuration "
+                f"asks for {list(shapes[name])}"
             )
-        target = targets[name].data
-        if name in tied and filled & tied and not torch.equal(tensor.to(target.dtype), target):
+        found.add(name)
+    if is_tied and found & TIED:
+        found |= TIED
+    if missing := [name for name in shapes if name not in found]:
+        raise ValueError(
+            f"{model_dir}: no tensor fills {len(missing)} parameters: {_some(missing)}"
+        )
+
+
+def load_weights(model: nn.Module, model_dir: Path) -> None:
+    """Fill all of a model's parameters from the safetensors in a directory.
+
+    Tensors are read straight to the parameters' device and converted to their dtype. Rotary
+    frequencies, which old exports carry, are passed over.
+
+    Raises:
+        ValueError: as check_checkpoint, and then nothing has been changed; or tied weights that
+            differ.
+    """
+    targets = checkpoint_targets(model)
+    is_tied = bool(getattr(model, "tie_word_embeddings", False))
+    check_checkpoint(checkpoint_shapes(model), is_tied, model_dir)
+    filled: set[str] = set()
+    for file, name in _tensors(model_dir, next(model.parameters()).device):
+        tensor, target = file.get_tensor(name), targets[name].data
+        is_again = is_tied and name in TIED and filled & TIED
+        if is_again and not torch.equal(tensor.to(target.dtype), target):
             raise ValueError(
                 f"{model_dir}: tie_word_embeddings is true, but lm_head.weight differs from the "
                 "embedding"
             )
         target.copy_(tensor)
         filled.add(name)
-    if filled & tied:
-        filled |= tied
-    if missing := [name for name in targets if name not in filled]:
-        raise ValueError(
-            f"{model_dir}: no tensor fills {len(missing)} parameters: {_some(missing)}"
-        )
 
 
-def _read_tensors(model_dir: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in the checkpoint, file by file."""
+def _tensors(model_dir: Path, device: torch.device) -> Iterator[tuple[Any, str]]:
+    """Each tensor of the checkpoint: the opened file, and the tensor's name in it."""
     from safetensors import SafetensorError, safe_open
 
     for path in _weight_files(model_dir):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
-                    yield name, file.get_tensor(name)
+                    if not name.endswith("rotary_emb.inv_freq"):
+                        yield file, name
         except (SafetensorError, OSError) as error:
             if is_lfs_pointer(path):
                 raise ValueError(f"{path} {LFS_ADVICE}") from None

@@ -2,7 +2,8 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def _cgroup_rooms(proc: Path = Path("/proc/self/cgroup"), mounted: Path = CGROUP
     """What each control group that this process is in, version 1 or 2, leaves it of its limit."""
     rooms = []
     try:
-        lines = proc.read_text(encoding="ascii").splitlines()
+        lines = os.fsdecode(proc.read_bytes()).splitlines()
     except OSError:
         return []  # no Linux
     for line in lines:
@@ -47,14 +48,33 @@ def _cgroup_rooms(proc: Path = Path("/proc/self/cgroup"), mounted: Path = CGROUP
 def _room(place: Path, limit: str, usage: str, cached: str) -> list[int]:
     """The limit of one control group less what is used, but for files that can be dropped."""
     try:
-        texts = {name: (place / name).read_text(encoding="ascii") for name in (limit, usage)}
+        most = int((place / limit).read_bytes())
+    except (OSError, ValueError):  # no such group, or "max"
+        return []
+    used = 0
+    try:
+        used = int((place / usage).read_bytes())
         stats = (place / "memory.stat").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
-    if texts[limit].strip() == "max":
-        return []
-    droppable = sum(int(line.split()[1]) for line in stats if line.split()[0] == cached)
-    return [max(0, int(texts[limit]) - int(texts[usage]) + droppable)]
+        used -= sum(int(line.split()[1]) for line in stats if line.split()[:1] == [cached])
+    except (OSError, ValueError, IndexError):
+        pass  # the limit counts all the same
+    return [max(0, most - used)]
+
+
+@contextmanager
+def memory_for(what: str, advice: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Say what to do where main memory, or at start-up a GPU's, runs out within.
+
+    Raises:
+        kind: "no memory for {what}: {advice}".
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, MemoryError) or "memory" in str(error)
+        if not is_memory or (kind is MemoryError and isinstance(error, torch.OutOfMemoryError)):
+            raise
+        raise kind(f"no memory for {what}: {advice}") from error
 
 
 def _free_system_memory() -> int:
