@@ -18,9 +18,10 @@ from nanovllm.utils.device import to_device
 
 # Queries of a prefill that are computed at a time.
 QUERY_ROWS = 128
-# A decode takes sequences together up to so many keys, and so many of padding among them.
-MOST_KEYS = 2048
-MOST_PADDING = 512
+# A decode takes sequences together up to so many elements of K, and so many of padding among them:
+# what stays in a CPU's cache, and what costs as much as another call.
+MOST_ELEMENTS = 1 << 20
+MOST_PADDING = 1 << 17
 
 
 class AttentionInputs(NamedTuple):
@@ -81,26 +82,29 @@ def _attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, out:
 class Workspace(NamedTuple):
     """What a decode copies keys to, where fresh memory each time would cost more than the copy.
 
-    gathered: of the cache's dtype; keys: float32; [num_keys * num_kv_heads * head_dim].
+    gathered: of the cache's dtype; keys: float32; for as many keys as a decode takes together.
+    key_size: num_kv_heads * head_dim.
     """
 
     gathered: Tensor
     keys: Tensor
+    key_size: int
 
 
 def torch_workspace(
     config: ModelConfig, max_num_seqs: int, max_model_len: int, options: dict[str, Any]
 ) -> Workspace:
     """For Backend.workspace."""
-    size = max(MOST_KEYS, max_model_len) * config.num_kv_heads * config.head_dim
+    key_size = config.num_kv_heads * config.head_dim
+    size = max(MOST_ELEMENTS, max_model_len * key_size)
     keys = torch.empty(size, dtype=torch.float32, device=options["device"])
-    return Workspace(torch.empty(size, **options), keys)
+    return Workspace(torch.empty(size, **options), keys, key_size)
 
 
 class DecodeBatch(NamedTuple):
     """Sequences that a decode takes together.
 
-    rows: theirs in the step. slots: int64 [num_seqs, longest], of their keys; where one has fewer
+    rows: theirs in the step. slots: int64 [num_seqs * longest], of their keys; where one has fewer
     its first key's. mask: float32 [num_seqs, 1, 1, longest], is added to the scores: -inf where one
     has fewer, otherwise 0.
     """
@@ -112,28 +116,26 @@ class DecodeBatch(NamedTuple):
 
 def torch_decode(inputs: AttentionInputs) -> Tensor:
     """Decode, a few sequences at a time."""
-    num_kv_heads = inputs.k_cache.size(2)
+    k_cache, v_cache = inputs.k_cache, inputs.v_cache
     workspace = inputs.context.decode_workspace
-    out = torch.empty_like(inputs.query)
-    for batch in inputs.context.once(decode_batches):
-        # A K/V head has the queries of all heads that share it.
-        query = inputs.query[batch.rows].unflatten(1, (num_kv_heads, -1)).float() * inputs.scale
-        scores = query @ _gather(inputs.k_cache, batch.slots, workspace).transpose(2, 3)
-        shares = scores.add_(batch.mask).softmax(dim=-1)
-        found = shares @ _gather(inputs.v_cache, batch.slots, workspace)
-        out[batch.rows] = found.flatten(1, 2)
-    return out
+    # A K/V head has the queries of all heads that share it.
+    query = inputs.query.unflatten(1, (k_cache.size(2), -1)).float() * inputs.scale
+    found = []
+    for rows, slots, mask in inputs.context.once(decode_batches):
+        scores = query[rows] @ _gather(k_cache, slots, len(mask), workspace).transpose(2, 3)
+        shares = scores.add_(mask).softmax(dim=-1)
+        found.append(shares @ _gather(v_cache, slots, len(mask), workspace))
+    return torch.cat(found).flatten(1, 2).to(inputs.query.dtype)
 
 
-def _gather(cache: Tensor, slots: Tensor, workspace: Workspace) -> Tensor:
+def _gather(cache: Tensor, slots: Tensor, num_seqs: int, workspace: Workspace) -> Tensor:
     """float32 [num_seqs, num_kv_heads, num_keys, head_dim], each head's keys side by side."""
-    num_seqs, num_keys = slots.shape
     num_kv_heads, head_dim = cache.shape[2:]
-    size = slots.numel() * num_kv_heads * head_dim
-    gathered = workspace.gathered[:size].view(slots.numel(), -1)
-    torch.index_select(cache.view(-1, num_kv_heads * head_dim), 0, slots.flatten(), out=gathered)
-    keys = workspace.keys[:size].view(num_seqs, num_kv_heads, num_keys, head_dim)
-    return keys.copy_(gathered.view(num_seqs, num_keys, num_kv_heads, head_dim).transpose(1, 2))
+    size = len(slots) * workspace.key_size
+    gathered = workspace.gathered[:size].view(len(slots), -1)
+    torch.index_select(cache.view(-1, workspace.key_size), 0, slots, out=gathered)
+    keys = workspace.keys[:size].view(num_seqs, num_kv_heads, -1, head_dim)
+    return keys.copy_(gathered.view(num_seqs, -1, num_kv_heads, head_dim).transpose(1, 2))
 
 
 def key_slots(context: Context) -> list[Tensor]:
@@ -151,23 +153,24 @@ def decode_batches(context: Context) -> list[DecodeBatch]:
     slots, lens, device = _slots(context), np.array(context.key_lens), context.slot_mapping.device
     positions = np.arange(slots.shape[1])
     batches = []
-    for rows in _neighbours(context.key_lens):
+    for rows in _neighbours(context.key_lens, context.decode_workspace.key_size):
         longest = lens[rows].max()
         missing = positions[:longest] >= lens[rows, None]
         found = np.where(missing, slots[rows, :1], slots[rows, :longest])
         mask = np.where(missing, -np.inf, 0.0)[:, None, None]
-        tensors = to_device(found, torch.int64, device), to_device(mask, torch.float32, device)
-        batches.append(DecodeBatch(rows, *tensors))
+        indices = to_device(found.ravel(), torch.int64, device)
+        batches.append(DecodeBatch(rows, indices, to_device(mask, torch.float32, device)))
     return batches
 
 
-def _neighbours(lens: list[int]) -> Iterator[slice]:
-    """Rows to take together: few keys, and little padding up to the longest."""
+def _neighbours(lens: list[int], key_size: int) -> Iterator[slice]:
+    """Rows to take together: little to read, and little padding up to the longest."""
     start = longest = total = 0
     for index, length in enumerate(lens):
         most, num_seqs = max(longest, length), index - start + 1
-        padding = most * num_seqs - total - length
-        if num_seqs > 1 and (most * num_seqs > MOST_KEYS or padding > MOST_PADDING):
+        num_keys, padding = most * num_seqs, most * num_seqs - total - length
+        is_much = num_keys * key_size > MOST_ELEMENTS or padding * key_size > MOST_PADDING
+        if num_seqs > 1 and is_much:
             yield slice(start, index)
             start, most, total = index, length, 0
         longest, total = most, total + length
