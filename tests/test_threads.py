@@ -173,27 +173,33 @@ def test_an_exception_in_one_thread_does_no_harm_to_the_others(
 
 
 def test_a_stream_that_several_threads_ask_gives_each_piece_once(llm: LLM) -> None:
-    """Who asks while another waits is refused, as by a generator; the stream goes on."""
     prompts = prompts_for(6)
     expected = [generated(llm, prompt) for prompt in prompts]
     stream = llm.stream(prompts, greedy(MAX_TOKENS))
     found = [Counter[int]() for _ in prompts]
-    messages = set()
 
     def ask(_: int) -> None:
-        while True:
-            try:
-                piece = next(stream)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                messages.add(str(error))
-            else:
-                found[piece["index"]].update(piece["token_ids"])
+        for piece in stream:
+            found[piece["index"]].update(piece["token_ids"])
 
     in_threads(4, ask)
     assert found == [Counter(ids) for ids in expected]
-    assert messages <= {"another thread waits for the next piece of this stream"}
+
+
+def test_a_handler_that_asks_the_stream_it_has_interrupted_is_refused(llm: LLM) -> None:
+    """Also between steps, where it would wait for itself; and the stream ends, as by any error."""
+    stream = llm.stream([1, 2, 3], greedy(MAX_TOKENS))
+    next(stream)
+    step_until = llm._step_until
+
+    def interrupted(*args: Any) -> None:
+        next(stream)
+        step_until(*args)
+
+    llm._step_until = interrupted  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="has interrupted"):
+        next(stream)
+    assert list(stream) == []
 
 
 def test_no_thread_goes_on_stepping_for_what_is_not_there(llm: LLM) -> None:

@@ -1,6 +1,6 @@
 """What callers are given of a request: its result, or, in a stream, the pieces of it."""
 
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, NoReturn, NotRequired, TypedDict
 
 from nanovllm.engine.sequence import News, Sequence
@@ -105,8 +105,8 @@ class Stream:
     """An iterator over the pieces of some requests, as their tokens come.
 
     Nothing is queued before the first piece is asked for. Its requests are aborted when it is
-    closed, from any thread, dropped or left by an exception. One thread at a time may ask it for a
-    piece. `num_prompt_tokens`: of all its prompts.
+    closed, from any thread, dropped or left by an exception. Several threads may ask it: each piece
+    goes to one of them. `num_prompt_tokens`: of all its prompts.
     """
 
     _is_queued = False  # its requests are in the engine, or about to be
@@ -119,7 +119,8 @@ class Stream:
         self.num_prompt_tokens = sum(seq.num_prompt_tokens for seq in seqs)
         self._left = [StreamedSequence(index, seq) for index, seq in enumerate(seqs)]
         self._round = iter(self._left)
-        self._asking = Lock()
+        self._asking = RLock()  # its own thread does not wait for itself: see __next__
+        self._is_asked = False
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a stream cannot be copied: its requests are its own")
@@ -131,25 +132,29 @@ class Stream:
         """What is new of one request.
 
         Raises:
-            RuntimeError: the engine was shut down, this thread has interrupted a step of its own,
-                or another thread waits for the next piece (the stream goes on).
+            RuntimeError: the engine was shut down, or this thread has interrupted a step of its
+                own, or its own asking for a piece.
         """
         if self._is_closed:
             raise StopIteration
         self._engine._refuse_nested_steps()
-        if not self._asking.acquire(blocking=False):
-            raise RuntimeError("another thread waits for the next piece of this stream")
-        try:
-            piece = self._next_piece()
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            self._asking.release()
-        if piece is None:
-            self._is_closed = self._has_ended = True
-            raise StopIteration
-        return piece
+        with self._asking:
+            if self._is_asked:
+                raise RuntimeError("a signal handler asks the stream that it has interrupted")
+            if self._is_closed:  # meanwhile
+                raise StopIteration
+            self._is_asked = True
+            try:
+                piece = self._next_piece()
+            except BaseException:
+                self.close()
+                raise
+            finally:
+                self._is_asked = False
+            if piece is None:
+                self._is_closed = self._has_ended = True
+                raise StopIteration
+            return piece
 
     def _next_piece(self) -> Piece | None:
         if not self._is_queued:
