@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.model_config import ModelConfig
@@ -116,26 +117,50 @@ class DecodeBatch(NamedTuple):
 
 def torch_decode(inputs: AttentionInputs) -> Tensor:
     """Decode, a few sequences at a time."""
-    k_cache, v_cache = inputs.k_cache, inputs.v_cache
-    workspace = inputs.context.decode_workspace
     # A K/V head has the queries of all heads that share it.
-    query = inputs.query.unflatten(1, (k_cache.size(2), -1)).float() * inputs.scale
+    query = inputs.query.unflatten(1, (inputs.k_cache.size(2), -1))
     found = []
-    for rows, slots, mask in inputs.context.once(decode_batches):
-        scores = query[rows] @ _gather(k_cache, slots, len(mask), workspace).transpose(2, 3)
-        shares = scores.add_(mask).softmax(dim=-1)
-        found.append(shares @ _gather(v_cache, slots, len(mask), workspace))
-    return torch.cat(found).flatten(1, 2).to(inputs.query.dtype)
+    for batch in inputs.context.once(decode_batches):
+        attend = _attend_alone if len(batch.mask) == 1 else _attend_together
+        found.append(attend(query[batch.rows], batch, inputs))
+    return torch.cat(found).flatten(1, 2)
 
 
-def _gather(cache: Tensor, slots: Tensor, num_seqs: int, workspace: Workspace) -> Tensor:
-    """float32 [num_seqs, num_kv_heads, num_keys, head_dim], each head's keys side by side."""
-    num_kv_heads, head_dim = cache.shape[2:]
-    size = len(slots) * workspace.key_size
-    gathered = workspace.gathered[:size].view(len(slots), -1)
-    torch.index_select(cache.view(-1, workspace.key_size), 0, slots, out=gathered)
-    keys = workspace.keys[:size].view(num_seqs, num_kv_heads, -1, head_dim)
-    return keys.copy_(gathered.view(num_seqs, -1, num_kv_heads, head_dim).transpose(1, 2))
+def _attend_together(query: Tensor, batch: DecodeBatch, inputs: AttentionInputs) -> Tensor:
+    """[num_seqs, num_kv_heads, num_sharing, head_dim], of short sequences."""
+
+    def gather(cache: Tensor) -> Tensor:
+        """float32 [num_seqs, num_kv_heads, num_keys, head_dim], each head's keys side by side."""
+        gathered = _gather(cache, batch.slots, workspace.gathered).unflatten(0, (len(query), -1))
+        keys = workspace.keys[: gathered.numel()].view(gathered.transpose(1, 2).shape)
+        return keys.copy_(gathered.transpose(1, 2))
+
+    workspace = inputs.context.decode_workspace
+    scores = (query.float() * inputs.scale) @ gather(inputs.k_cache).transpose(2, 3)
+    shares = scores.add_(batch.mask).softmax(dim=-1)
+    found: Tensor = shares @ gather(inputs.v_cache)
+    return found.to(query.dtype)
+
+
+def _attend_alone(query: Tensor, batch: DecodeBatch, inputs: AttentionInputs) -> Tensor:
+    """[1, num_kv_heads, num_sharing, head_dim], of a sequence so long that a call is little."""
+    gathered, keys, _ = inputs.context.decode_workspace
+    k = _gather(inputs.k_cache, batch.slots, gathered)
+    v = _gather(inputs.v_cache, batch.slots, keys.view(query.dtype))
+    k, v = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
+    num_sharing = query.size(2)
+    if num_sharing == 1:  # in 16 bits a CPU is several times as fast with two
+        query = query.expand(-1, -1, 2, -1)
+    found: Tensor = F.scaled_dot_product_attention(query, k, v, scale=inputs.scale)
+    return found[:, :, :num_sharing]
+
+
+def _gather(cache: Tensor, slots: Tensor, memory: Tensor) -> Tensor:
+    """[len(slots), num_kv_heads, head_dim] of the cache, in the memory given."""
+    rows = cache.view(-1, cache.size(2) * cache.size(3))
+    gathered = memory[: len(slots) * rows.size(1)].view(len(slots), -1)
+    torch.index_select(rows, 0, slots, out=gathered)
+    return gathered.view(-1, *cache.shape[2:])
 
 
 def key_slots(context: Context) -> list[Tensor]:
