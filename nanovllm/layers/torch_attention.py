@@ -135,7 +135,7 @@ def _attend_together(query: Tensor, batch: DecodeBatch, inputs: AttentionInputs)
         keys = workspace.keys[: gathered.numel()].view(gathered.transpose(1, 2).shape)
         return keys.copy_(gathered.transpose(1, 2))
 
-    workspace = inputs.context.decode_workspace
+    workspace: Workspace = inputs.context.decode_workspace
     scores = (query.float() * inputs.scale) @ gather(inputs.k_cache).transpose(2, 3)
     shares = scores.add_(batch.mask).softmax(dim=-1)
     found: Tensor = shares @ gather(inputs.v_cache)
