@@ -545,6 +545,13 @@ def test_a_step_that_finds_no_memory_names_the_options(
         assert len(llm.generate([[1, 2, 3]], use_tqdm=False)) == 1
 
 
+@pytest.mark.parametrize("kind", [ValueError, MemoryError])
+def test_an_error_that_only_speaks_of_memory_stays_as_it_is(kind: type[Exception]) -> None:
+    message = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match=message), memory.memory_for("x", "y", kind):
+        raise RuntimeError(message)
+
+
 def raising(error: Exception) -> Callable[..., None]:
     def fail(*_: object) -> None:
         raise error

@@ -19,9 +19,8 @@ Conversation = ListLike[Mapping[str, Any]]
 def as_ids(prompt: ListLike[int]) -> list[int]:
     """A list of token ids as plain ints (numpy's are taken too)."""
     prompt = _input_ids(prompt)
-    if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, Mapping)):
-        raise TypeError(f"a prompt must be a str or a list of token ids, got {prompt!r:.80}")
-    if getattr(prompt, "ndim", 1) == 0:
+    is_iterable = isinstance(prompt, Iterable) and getattr(prompt, "ndim", 1) > 0
+    if not is_iterable or isinstance(prompt, (bytes, Mapping)):
         raise TypeError(f"a prompt must be a str or a list of token ids, got {prompt!r:.80}")
     ids: list[Any] = list(prompt)
     if list(map(type, ids)).count(int) == len(ids):  # nearly always, and twenty times as fast

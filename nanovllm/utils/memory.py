@@ -71,8 +71,10 @@ def memory_for(what: str, advice: str, kind: type[Exception] = ValueError) -> It
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, MemoryError) or "memory" in str(error)
-        if not is_memory or (kind is MemoryError and isinstance(error, torch.OutOfMemoryError)):
+        # Not every error that speaks of memory: "an illegal memory access" is another one.
+        on_cuda = isinstance(error, torch.OutOfMemoryError)
+        on_cpu = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        if not (on_cpu or (on_cuda and kind is not MemoryError)):
             raise
         raise kind(f"no memory for {what}: {advice}") from error
 
