@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels.device import num_sms
-from nanovllm.kernels.hopper import descriptor, new_barriers
+from nanovllm.kernels.hopper import async_load, async_store, descriptor, new_barriers
 from nanovllm.kernels.launch import launch
 
 # Measured on an H100. The sums of gate and up for a tile fill the registers of two warp groups, and
@@ -57,9 +57,9 @@ def _load_tiles(
             gate, up = w.slice(0, BLOCK_N), w.slice(BLOCK_N, BLOCK_N)
             mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
             mbarrier.expect(bar, (BLOCK_M + 2 * BLOCK_N) * BLOCK_K * 2)
-            tma.async_copy_global_to_shared(x, [m * BLOCK_M, k], bar, x_ring.index(stage))
-            tma.async_copy_global_to_shared(weight, [n * BLOCK_N, k], bar, gate)
-            tma.async_copy_global_to_shared(weight, [N + n * BLOCK_N, k], bar, up)
+            async_load(x, [m * BLOCK_M, k], bar, x_ring.index(stage))
+            async_load(weight, [n * BLOCK_N, k], bar, gate)
+            async_load(weight, [N + n * BLOCK_N, k], bar, up)
             count += 1
 
 
@@ -97,7 +97,7 @@ def _multiply_tiles(
         tma.store_wait(0)  # the tile before has left shared memory
         out_tile.store(y.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out, [m * BLOCK_M, n * BLOCK_N], out_tile)
+        async_store(out, [m * BLOCK_M, n * BLOCK_N], out_tile)
     tma.store_wait(0)
 
 

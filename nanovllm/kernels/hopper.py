@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Triton 3.9 renamed them.
+if hasattr(tma, "async_load"):
+    async_load, async_store = tma.async_load, tma.async_store
+else:
+    async_load, async_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
 
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 

@@ -12,7 +12,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -20,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels.attention import LOG2_E
 from nanovllm.kernels.device import is_hopper, num_sms
-from nanovllm.kernels.hopper import descriptor, new_barriers
+from nanovllm.kernels.hopper import async_load, descriptor, new_barriers
 from nanovllm.kernels.launch import launch
 from nanovllm.utils.context import QUERY_TILE
 
@@ -81,8 +80,8 @@ def _load_tiles(
         mbarrier.wait(q_empty.index(slot), (turn // 2 & 1) ^ 1)
         mbarrier.expect(q_bar, QUERIES * HEAD_DIM * 2)
         column = head * HEAD_DIM
-        tma.async_copy_global_to_shared(query, [row, column], q_bar, q.slice(0, HALF))
-        tma.async_copy_global_to_shared(query, [row + HALF, column], q_bar, q.slice(HALF, HALF))
+        async_load(query, [row, column], q_bar, q.slice(0, HALF))
+        async_load(query, [row + HALF, column], q_bar, q.slice(HALF, HALF))
         column = head // GROUP * HEAD_DIM
         for first in range(0, gl.minimum(limit + QUERIES, num_keys), KEYS):
             if BLOCK_SIZE > 0:
@@ -95,14 +94,14 @@ def _load_tiles(
             k_bar, v_bar, v = k_full.index(stage), v_full.index(stage), v_ring.index(stage)
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_bar, KEYS * HEAD_DIM * 2)
-            tma.async_copy_global_to_shared(key, place, k_bar, k_ring.index(stage))
+            async_load(key, place, k_bar, k_ring.index(stage))
             mbarrier.wait(v_empty.index(stage), phase)
             if first + KEYS <= num_keys:
                 mbarrier.expect(v_bar, KEYS * HEAD_DIM * 2)
-                tma.async_copy_global_to_shared(value, place, v_bar, v)
+                async_load(value, place, v_bar, v)
             else:  # what follows is not this sequence's: even NaN must do no harm, though 0 * NaN
                 mbarrier.expect(tail, KEYS * HEAD_DIM * 2)
-                tma.async_copy_global_to_shared(value, place, tail, v)
+                async_load(value, place, tail, v)
                 mbarrier.wait(tail, num_tails & 1)
                 num_tails += 1
                 _zero_rows(v, num_keys - first)
