@@ -18,7 +18,7 @@ from nanovllm.layers import attention
 from nanovllm.layers.attention import select_backend
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils import memory
-from nanovllm.utils.device import resolve_device, resolve_dtype
+from nanovllm.utils.device import multiplies_bfloat16, resolve_device, resolve_dtype
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -684,6 +684,7 @@ def test_on_a_cpu_the_dtype_is_bfloat16_where_both_checkpoint_and_processor_have
 ) -> None:  # fmt: skip
     found = {"avx512_bf16": has_bfloat16, "avx2": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     caplog.set_level(logging.INFO, logger="nanovllm")
     with dummy(model_dir(torch_dtype=checkpoint), dtype=option, max_model_len=32) as llm:
         assert llm.model_runner is not None
@@ -691,6 +692,19 @@ def test_on_a_cpu_the_dtype_is_bfloat16_where_both_checkpoint_and_processor_have
         assert llm.model_runner.kv_cache.dtype == expected
     says_why = "this processor" in caplog.text or "the checkpoint's is" in caplog.text
     assert says_why == (option == "auto")
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_bfloat16_is_not_chosen_where_onednn_does_not_multiply_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with ONEDNN_MAX_CPU_ISA=AVX2, or where the caller has turned it off."""
+    found = {"avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    for supported, enabled in ((True, True), (False, True), (True, False)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda s=supported: s)
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            assert multiplies_bfloat16() == (supported and enabled)
 
 
 def test_every_back_end_is_an_option() -> None:

@@ -39,7 +39,7 @@ from nanovllm.layers.attention import (
 from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.layernorm import RMSNorm, rms_norm
 from nanovllm.layers.linear import GatedLinear, Linear
-from nanovllm.layers.products import onednn, pack, plain
+from nanovllm.layers.products import onednn, pack, plain, rounded_rows
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.torch_attention import (
     QUERY_ROWS,
@@ -588,7 +588,7 @@ def test_this_torch_packs_weights_for_onednn() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 16, 17, 100])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 16, 17, 18, 100, 300])
 def test_a_packed_layer_gives_what_a_plain_one_gives(
     num_tokens: int, bias: bool, dtype: torch.dtype
 ) -> None:
@@ -636,6 +636,7 @@ def test_a_layer_is_unpacked_to_be_filled_anew() -> None:
     torch.testing.assert_close(layer(torch.ones(2, 8)), torch.full((2, 4), 64 / (1 + math.exp(-8))))
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_where_onednn_is_not_there_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(4, 4)
 
@@ -645,8 +646,31 @@ def test_where_onednn_is_not_there_weights_stay_plain(monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing)
         assert pack(weight) is weight
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert pack(weight) is weight
+    with torch.backends.mkldnn.flags(enabled=False):  # the caller wants to do without
+        assert pack(weight) is weight
+
+
+def test_rows_are_rounded_up_little_and_to_few_numbers() -> None:
+    rounded = [rounded_rows(number) for number in range(16385)]
+    assert rounded[:17] == [*range(17)]
+    assert all(number <= more <= number * 9 / 8 for number, more in enumerate(rounded))
+    assert len(set(rounded)) <= 100
+
+
+def test_products_of_many_sizes_keep_little_memory() -> None:
+    """oneDNN's code for a size is kept, here 1 MB; there are thousands of sizes."""
+    layer = Linear(200, 320)
+    layer.weight.zero_()
+    layer.pack()
+
+    def anonymous_mib() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) >> 10
+
+    before = anonymous_mib()
+    for num_tokens in range(1, 600):
+        layer(torch.zeros(num_tokens, 200))
+    assert anonymous_mib() - before < 100
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

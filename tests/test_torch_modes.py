@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import completions, random_prompts
+from conftest import CheckpointFactory, ModelSpec, completions, random_prompts
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm import LLM, SamplingParams
 
@@ -21,6 +22,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "device": lambda: torch.device("meta"),
+    "sdpa": lambda: sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
     "nothing": nullcontext,
 }
 PROMPTS = random_prompts([5, 40, 3], 300)
@@ -49,6 +51,17 @@ def test_the_modes_around_an_engine_do_not_matter(
     assert use(llm) == expected  # and outside of all
     with llm:
         assert found == expected
+
+
+@pytest.mark.parametrize("loaded_in", MODES)
+def test_the_modes_around_load_weights_do_not_matter(
+    loaded_in: str, tiny_model: Path, expected: Any, checkpoint: CheckpointFactory
+) -> None:
+    other = checkpoint(ModelSpec(seed=77))
+    with LLM(str(other), **OPTIONS) as llm:
+        with MODES[loaded_in]():
+            llm.load_weights(tiny_model)
+        assert use(llm) == expected
 
 
 def test_parameters_can_be_written_to_whatever_they_were_made_in(tiny_model: Path) -> None:

@@ -44,7 +44,8 @@ class Linear(nn.Module):
     def unpack(self) -> None:
         """Have plain memory for the weight again, to be filled."""
         if self.weight.is_mkldnn:
-            self._replace_weight(torch.empty(self.weight.shape, dtype=self.weight.dtype))
+            shape, dtype = self.weight.shape, self.weight.dtype
+            self._replace_weight(torch.empty(shape, dtype=dtype, device=self.weight.device))
 
     def _replace_weight(self, weight: Tensor) -> None:
         self.weight = nn.Parameter(weight, requires_grad=False)

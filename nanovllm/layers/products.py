@@ -63,24 +63,39 @@ def plain(inputs: LinearInputs) -> Tensor:
 
 
 def onednn(inputs: LinearInputs) -> Tensor:
-    """oneDNN's product of a packed weight on a CPU, bias and sum within it."""
+    """oneDNN's product of a packed weight on a CPU, bias and sum within it.
+
+    oneDNN generates code for each number of rows and keeps it, half a MB a layer's shape: numbers
+    that occur are rounded up to few.
+    """
     x, weight, bias, residual = inputs.normed(), inputs.weight, inputs.bias, inputs.residual
-    if residual is not None:
+    num_tokens = len(x)
+    num_missing = rounded_rows(num_tokens) - num_tokens
+    if residual is not None and not num_missing:
         y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     else:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        x = F.pad(x, (0, 0, 0, num_missing)) if num_missing else x
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:num_tokens]
+        y = y if residual is None else residual.add_(y)
     if inputs.act is not None:
         y = inputs.act(y)
     return y if inputs.out is None else inputs.out.copy_(y)
 
 
+def rounded_rows(num_rows: int) -> int:
+    """The next of eight numbers from one power of two to the next; up to 16 all of them."""
+    step = 1 << max((num_rows - 1).bit_length() - 4, 0)
+    return -(-num_rows // step) * step
+
+
 def pack(weight: Tensor) -> Tensor:
     """A weight [num_rows, input_size] in the layout for `onednn`, where that can be had.
 
-    Otherwise the weight itself: on a GPU, without oneDNN, in float16 on most processors. The
+    Otherwise the weight itself: on a GPU, without oneDNN, in float16 on most processors, or where
+    the caller has turned oneDNN off. The
     operators are private to torch: its public ones (torch.utils.mkldnn) take 1.6 times as long.
     """
-    if kernels.usable(weight.device) or not torch.backends.mkldnn.is_available():
+    if kernels.usable(weight.device) or not torch.backends.mkldnn.enabled:
         return weight
     try:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)

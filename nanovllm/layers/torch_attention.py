@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.model_config import ModelConfig
@@ -151,7 +150,11 @@ def _attend_alone(query: Tensor, batch: DecodeBatch, inputs: AttentionInputs) ->
     num_sharing = query.size(2)
     if num_sharing == 1:  # in 16 bits a CPU is several times as fast with two
         query = query.expand(-1, -1, 2, -1)
-    found: Tensor = F.scaled_dot_product_attention(query, k, v, scale=inputs.scale)
+    if query.is_cpu:  # not F.scaled_dot_product_attention: a caller may have forbidden it this way
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    else:
+        op = torch.ops.aten._scaled_dot_product_attention_math
+    found: Tensor = op(query, k, v, scale=inputs.scale)[0]
     return found[:, :, :num_sharing]
 
 
@@ -165,23 +168,25 @@ def _gather(cache: Tensor, slots: Tensor, memory: Tensor) -> Tensor:
 
 def key_slots(context: Context) -> list[Tensor]:
     """The slots of each sequence's keys, in order: int64 [num_keys]."""
-    slots = _slots(context)
-    device = context.slot_mapping.device
+    assert context.block_tables is not None
+    tables, device = context.block_tables.cpu().numpy(), context.slot_mapping.device
     return [
-        to_device(row[:length], torch.int64, device)
-        for row, length in zip(slots, context.key_lens, strict=True)
+        to_device(_slots(table, length, context.block_size), torch.int64, device)
+        for table, length in zip(tables, context.key_lens, strict=True)
     ]
 
 
 def decode_batches(context: Context) -> list[DecodeBatch]:
     """Neighbours in the step, whose lengths are alike, since a decode lists the longest first."""
-    slots, lens, device = _slots(context), np.array(context.key_lens), context.slot_mapping.device
-    positions = np.arange(slots.shape[1])
+    assert context.block_tables is not None
+    tables, device = context.block_tables.cpu().numpy(), context.slot_mapping.device
+    lens = np.array(context.key_lens)
     batches = []
     for rows in _neighbours(context.key_lens, context.decode_workspace.key_size):
         longest = lens[rows].max()
-        missing = positions[:longest] >= lens[rows, None]
-        found = np.where(missing, slots[rows, :1], slots[rows, :longest])
+        slots = _slots(tables[rows], longest, context.block_size)
+        missing = np.arange(longest) >= lens[rows, None]
+        found = np.where(missing, slots[:, :1], slots)
         mask = np.where(missing, -np.inf, 0.0)[:, None, None]
         indices = to_device(found.ravel(), torch.int64, device)
         batches.append(DecodeBatch(rows, indices, to_device(mask, torch.float32, device)))
@@ -202,9 +207,8 @@ def _neighbours(lens: list[int], key_size: int) -> Iterator[slice]:
     yield slice(start, len(lens))
 
 
-def _slots(context: Context) -> np.ndarray:
-    """Where each position of each sequence lies: int64 [num_seqs, longest], more or less filled."""
-    assert context.block_tables is not None
-    tables, block_size = context.block_tables.cpu().numpy(), context.block_size
-    positions = np.arange(context.max_key_len)
-    return tables[:, positions // block_size].astype(np.int64) * block_size + positions % block_size
+def _slots(tables: np.ndarray, length: int, block_size: int) -> np.ndarray:
+    """Where the first positions lie, by tables of blocks [..., width]: int64 [..., length]."""
+    positions = np.arange(length)
+    blocks = tables[..., positions // block_size].astype(np.int64)
+    return blocks * block_size + positions % block_size

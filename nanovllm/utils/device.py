@@ -53,7 +53,10 @@ def resolve_dtype(requested: str, checkpoint: str, device: torch.device) -> torc
 
 def multiplies_bfloat16() -> bool:
     """True if this processor has instructions for products in bfloat16, and torch uses them."""
-    if not (hasattr(torch.cpu, "get_capabilities") and torch.backends.mkldnn.is_available()):
+    has_onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if not (hasattr(torch.cpu, "get_capabilities") and has_onednn):
+        return False
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # it can be told to use older instructions
         return False
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
