@@ -349,7 +349,8 @@ def each_interrupt(
 ) -> Iterator[None]:
     """Run an action with Ctrl-C at random places, one at a time; pause after each."""
     for k in random_places(action, "places", num_places, seed=Path(file).name):
-        assert action(k)["interrupts"] == 1
+        # In a run after an interrupted one CPython 3.14 may trace too little.
+        assert any(action(k)["interrupts"] == 1 for _ in range(3))
         tally.count(f"interruption: {what}")
         yield
 
