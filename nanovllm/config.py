@@ -113,6 +113,13 @@ class Config:
         if self.max_model_len > limit:
             logger.warning("max_model_len %d cut to the model's %d", self.max_model_len, limit)
             self.max_model_len = limit
+        window = self.model_config.sliding_window
+        if window is not None and self.max_model_len > window:
+            raise ValueError(
+                f"{self.model_dir}: sliding-window attention is not implemented; with a "
+                f"max_model_len of at most the window's {window} positions (it is "
+                f"{self.max_model_len}) the window changes nothing"
+            )
         if self.num_kvcache_blocks != -1:
             check_pool_size(self.num_kvcache_blocks, self.kvcache_block_size, self.max_model_len)
 

@@ -1,6 +1,7 @@
 """ModelConfig: the sizes and the variants that a checkpoint's config.json gives."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,26 +15,95 @@ DTYPES = ("float32", "float16", "bfloat16")
 class Architecture(NamedTuple):
     """What a class of transformers says of its checkpoints, beside their sizes.
 
-    qk_norm: each head of q and k is normed. qkv_bias, output_bias: of the attention's projections;
-    None: as config.json's attention_bias says. head_dim: where config.json has none; None:
-    hidden_size / num_attention_heads.
+    qkv_bias, output_bias: of the attention's projections. mlp_bias: of the MLP's. has_window: some
+    layer attends to the last `sliding_window` positions only. Of these four each is known, or the
+    key of config.json that says it. qk_norm: each head of q and k is normed. has_experts: MLPs are
+    mixtures of experts. defaults: of what config.json may leave out.
     """
 
-    qk_norm: bool
-    qkv_bias: bool | None
-    output_bias: bool | None
-    head_dim: int | None
+    defaults: dict[str, Any]
+    qk_norm: bool = False
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    has_window: bool | str = False
+    has_experts: bool = False
 
+
+_QWEN = {"max_position_embeddings": 32768, "sliding_window": 4096, "num_key_value_heads": 32}
+_QWEN_DENSE = {**_QWEN, "max_window_layers": 28}
+_LLAMA = {"max_position_embeddings": 2048, "eos_token_id": 2}
+_MISTRAL = {"max_position_embeddings": 131072, "eos_token_id": 2, "sliding_window": 4096}
+_QWEN_MOE = {
+    "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128,
+    "num_experts_per_tok": 8, "decoder_sparse_step": 1,
+}  # fmt: skip
 
 ARCHITECTURES = {
-    "Qwen3ForCausalLM": Architecture(True, qkv_bias=None, output_bias=None, head_dim=128),
-    "Qwen2ForCausalLM": Architecture(False, qkv_bias=True, output_bias=False, head_dim=None),
+    "Qwen3ForCausalLM": Architecture(
+        {**_QWEN_DENSE, "head_dim": 128},
+        qk_norm=True,
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        has_window="use_sliding_window",
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        {**_QWEN, **_QWEN_MOE},
+        qk_norm=True,
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        has_window="use_sliding_window",
+        has_experts=True,
+    ),
+    "Qwen2ForCausalLM": Architecture(_QWEN_DENSE, qkv_bias=True, has_window="use_sliding_window"),
+    "LlamaForCausalLM": Architecture(
+        _LLAMA, qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
+    ),
+    "MistralForCausalLM": Architecture({**_MISTRAL, "num_key_value_heads": 8}, has_window=True),
 }
+
+
+class Rope(NamedTuple):
+    """How rotary embedding turns pairs of a head's elements: see layers.rotary_embedding.
+
+    kind: of scaling. theta: the base. factor: how many times as long sequences become. The rest is
+    for kinds that scale slowly turning pairs only: original_length: of the sequences before.
+    slow_turns, fast_turns: pairs that turn less often over it are scaled whole, more often not at
+    all. truncate: the borders between pairs are rounded outwards. attention_factor: cos and sin
+    are multiplied by it.
+    """
+
+    kind: str
+    theta: float
+    factor: float = 1.0
+    original_length: int = 0
+    slow_turns: float = 0.0
+    fast_turns: float = 0.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+class Experts(NamedTuple):
+    """A mixture of experts: which layers have one, and its shape.
+
+    layers: by index. num_chosen: of num_experts, for each token. intermediate_size: of an expert's
+    MLP. renormalized: the weights of those chosen add up to 1.
+    """
+
+    layers: frozenset[int]
+    num_experts: int
+    num_chosen: int
+    intermediate_size: int
+    renormalized: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shape of a model and what it has, from a config.json of transformers 4 or 5."""
+    """Shape of a model and what it has, from a config.json of transformers 4 or 5.
+
+    max_position_embeddings: the longest sequence. sliding_window: the fewest positions that some
+    layer attends to, if it is not to all; sequences no longer than that are computed rightly.
+    """
 
     architecture: str
     vocab_size: int
@@ -45,11 +115,14 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
+    mlp_bias: bool
     qk_norm: bool
+    sliding_window: int | None
+    experts: Experts | None
     dtype: str
     eos_token_ids: frozenset[int]
 
@@ -63,40 +136,54 @@ class ModelConfig:
         """
         name = _architecture_name(raw)
         architecture = ARCHITECTURES[name]
+        raw = {**architecture.defaults, **raw}
         _refuse_unimplemented(raw)
         num_heads = _size(raw, "num_attention_heads")
         num_kv_heads = _size(raw, "num_key_value_heads", default=num_heads)
+        num_layers = _size(raw, "num_hidden_layers")
         hidden_size = _size(raw, "hidden_size")
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_attention_heads ({num_heads}) is no multiple of "
                 f"num_key_value_heads ({num_kv_heads})"
             )
-        head_dim = _size(raw, "head_dim", architecture.head_dim or hidden_size // num_heads)
+        head_dim = _size(raw, "head_dim", hidden_size // num_heads)
         if head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embedding, got {head_dim}")
-        rope = raw.get("rope_parameters") or {}
         dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
         if dtype not in DTYPES:
             raise ValueError(f"the checkpoint's dtype is {dtype!r}, supported: {', '.join(DTYPES)}")
-        has_bias = bool(raw.get("attention_bias", False))
-        qkv_bias, output_bias = architecture.qkv_bias, architecture.output_bias
+        length = _size(raw, "max_position_embeddings")
+        rope = _rope(raw, length)
+        if rope.kind == "yarn":
+            length = max(length, int(rope.original_length * rope.factor))
+
+        def says(key: bool | str) -> bool:
+            return bool(raw.get(key, False)) if isinstance(key, str) else key
+
+        has_window = says(architecture.has_window) and raw.get("sliding_window") is not None
+        if not has_window and "sliding_attention" in (raw.get("layer_types") or []):
+            raise ValueError("config.json: layer_types names sliding_attention, with no window")
+        slides = has_window and _has_sliding_layers(raw, num_layers)
         return cls(
             architecture=name,
             vocab_size=_size(raw, "vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=_size(raw, "intermediate_size"),
-            num_layers=_size(raw, "num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=_size(raw, "max_position_embeddings", default=32768),
+            max_position_embeddings=length,
             rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6),
-            rope_theta=_positive(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0),
+            rope=rope,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=has_bias if qkv_bias is None else qkv_bias,
-            output_bias=has_bias if output_bias is None else output_bias,
+            qkv_bias=says(architecture.qkv_bias),
+            output_bias=says(architecture.output_bias),
+            mlp_bias=says(architecture.mlp_bias),
             qk_norm=architecture.qk_norm,
+            sliding_window=_size(raw, "sliding_window") if slides else None,
+            experts=_experts(raw, num_layers) if architecture.has_experts else None,
             dtype=dtype,
             eos_token_ids=as_token_ids(raw.get("eos_token_id")),
         )
@@ -115,10 +202,77 @@ def _architecture_name(raw: Mapping[str, Any]) -> str:
     if not isinstance(names, list):
         raise ValueError(f"config.json: architectures must be a list, got {names!r}")
     if names[0] not in list(ARCHITECTURES):
+        *most, last = ARCHITECTURES
         raise ValueError(
-            f"architecture {names[0]!r} is not supported, only {' and '.join(ARCHITECTURES)}"
+            f"architecture {names[0]!r} is not supported, only {', '.join(most)} and {last}"
         )
     return str(names[0])
+
+
+def _rope(raw: Mapping[str, Any], max_positions: int) -> Rope:
+    """What rope_parameters says, which transformers 4 calls rope_scaling."""
+    found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    kind = found.get("rope_type", found.get("type", "default"))
+    theta = _positive(found if "rope_theta" in found else raw, "rope_theta", 10000.0)
+    if kind not in ("default", "linear", "yarn", "llama3"):
+        raise ValueError(
+            f"rope scaling of type {kind!r} is not implemented, only 'default', 'linear', 'yarn' "
+            "and 'llama3'"
+        )
+    if kind == "default":
+        return Rope(kind, theta)
+    original = _size(found, "original_max_position_embeddings", default=max_positions)
+    # Where it is left out: as many times as the sequences have become longer.
+    implied = max_positions / original if kind == "yarn" else None
+    factor = _positive(found, "factor", implied)
+    if kind == "linear":
+        return Rope(kind, theta, factor)
+    if kind == "llama3":
+        slow = _positive(found, "low_freq_factor")
+        fast = _positive(found, "high_freq_factor")
+        if slow >= fast:
+            raise ValueError(
+                f"config.json: low_freq_factor ({slow:g}) must be below high_freq_factor ({fast:g})"
+            )
+        return Rope(kind, theta, factor, original, slow, fast)
+    slow, fast = _positive(found, "beta_slow", 1.0), _positive(found, "beta_fast", 32.0)
+    scales = [_positive(found, key, 0.0) for key in ("mscale", "mscale_all_dim") if found.get(key)]
+    default = _yarn_scale(factor, 1.0)
+    if len(scales) == 2:
+        default = _yarn_scale(factor, scales[0]) / _yarn_scale(factor, scales[1])
+    attention_factor = _positive(found, "attention_factor", default)
+    truncate = bool(found.get("truncate", True))
+    return Rope(kind, theta, factor, original, slow, fast, truncate, attention_factor)
+
+
+def _yarn_scale(factor: float, scale: float) -> float:
+    """By how much YaRN sharpens attention in longer sequences (https://arxiv.org/abs/2309.00071)."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _has_sliding_layers(raw: Mapping[str, Any], num_layers: int) -> bool:
+    """Of a model that has a window: in which of the layers, is said in one of two ways."""
+    kinds = raw.get("layer_types")
+    if kinds is not None:
+        return "sliding_attention" in kinds
+    return int(raw.get("max_window_layers", 0)) < num_layers
+
+
+def _experts(raw: Mapping[str, Any], num_layers: int) -> Experts:
+    num_experts = _size(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts")
+    num_chosen = _size(raw, "num_experts_per_tok")
+    if num_chosen > num_experts:
+        raise ValueError(
+            f"config.json: num_experts_per_tok ({num_chosen}) is more than the {num_experts} "
+            "experts that there are"
+        )
+    step, dense = _size(raw, "decoder_sparse_step"), raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ValueError(f"config.json: mlp_only_layers must be a list, got {dense!r}")
+    layers = {i for i in range(num_layers) if (i + 1) % step == 0 and i not in dense}
+    size = _size(raw, "moe_intermediate_size")
+    renormalized = bool(raw.get("norm_topk_prob", False))
+    return Experts(frozenset(layers), num_experts, num_chosen, size, renormalized)
 
 
 def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -131,8 +285,12 @@ def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
     return int(value)
 
 
-def _positive(raw: Mapping[str, Any], key: str, default: float) -> float:
-    value = raw.get(key, default)
+def _positive(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"config.json has no {key}")
     require_float(f"config.json: {key}", value, low=0.0)
     if value == 0:
         raise ValueError(f"config.json: {key} must be > 0, got {value}")
@@ -143,20 +301,18 @@ def _refuse_unimplemented(raw: Mapping[str, Any]) -> None:
     """Raise ValueError for a feature that would change the results if it were ignored."""
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"activation {raw['hidden_act']!r} is not implemented, only 'silu'")
-    if raw.get("partial_rotary_factor", 1) != 1:
-        raise ValueError("a partial_rotary_factor is not implemented")
     for key in ("rope_scaling", "rope_parameters", "quantization_config"):
         if not isinstance(raw.get(key) or {}, dict):
             raise ValueError(f"config.json: {key} must be an object, got {raw[key]!r}")
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"rope scaling of type {kind!r} ({key}) is not implemented")
-        if rope.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(f"a partial_rotary_factor ({key}) is not implemented")
-    if raw.get("use_sliding_window") or set(raw.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError("sliding-window attention (use_sliding_window) is not implemented")
+    for found in (raw, raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}):
+        if (found.get("partial_rotary_factor") or 1) != 1:
+            raise ValueError("a partial_rotary_factor is not implemented")
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise ValueError(f"config.json: layer_types must be a list, got {kinds!r}")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"layers of type {kind!r} are not implemented, only attention")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
         raise ValueError(f"quantised checkpoints ({method!r}) are not implemented")

@@ -41,6 +41,7 @@ IS_V5 = int(transformers.__version__.split(".")[0]) >= 5  # and not 4
 
 # Two logits closer than this share of the logits' scale may swap places by rounding alone.
 NEAR_TIE = 1e-5
+NEAR_ROUTE = 2e-6  # and two logits of a router, where what they decide on is tiny
 TINY = Path(__file__).parents[1] / "assets" / "tiny-qwen3"  # the trained checkpoint
 STOP_WORD = "<|im_end|>"
 
@@ -173,7 +174,7 @@ def load_tasks() -> ModuleType:
 class ModelSpec:
     """A small random model. Weights are so large that its logits are sharp."""
 
-    qwen2: bool = False
+    kind: str = "Qwen3"  # of transformers, without "ForCausalLM"
     vocab_size: int = 307
     hidden_size: int = 64
     intermediate_size: int = 96
@@ -191,12 +192,14 @@ class ModelSpec:
     max_shard_size: str = "5GB"
     tokenizer: bool = False
     seed: int = 0
+    rope: tuple[tuple[str, Any], ...] = ()  # of rope_parameters, but for the base
+    more: tuple[tuple[str, Any], ...] = ()  # of config.json
 
     def __str__(self) -> str:
         """For a test's id: enough to make the same model again."""
         return "-".join(
             (
-                "qwen2" if self.qwen2 else "qwen3",
+                self.kind.lower(),
                 f"L{self.num_layers}",
                 f"v{self.vocab_size}",
                 f"h{self.hidden_size}x{self.intermediate_size}",
@@ -208,15 +211,16 @@ class ModelSpec:
                 f"eps{self.rms_norm_eps:g}",
                 f"std{self.initializer_range:.2g}",
                 f"seed{self.seed}",
+                *(f"{key}={value}" for key, value in (*self.rope, *self.more)),
             )
         )
 
 
-def rope_options(theta: float) -> dict[str, Any]:
-    """The base of the rotary embedding, as this version of transformers is told it."""
+def rope_options(theta: float, scaling: dict[str, Any]) -> dict[str, Any]:
+    """The base of the rotary embedding and its scaling, as this transformers is told it."""
     if not IS_V5:
-        return {"rope_theta": theta}
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+        return {"rope_theta": theta, "rope_scaling": scaling or None}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling}
 
 
 def make_hf_model(spec: ModelSpec) -> nn.Module:
@@ -231,17 +235,18 @@ def make_hf_model(spec: ModelSpec) -> nn.Module:
         "head_dim": spec.head_dim,
         "max_position_embeddings": spec.max_position_embeddings,
         "tie_word_embeddings": spec.tied,
-        **rope_options(spec.rope_theta),
+        **rope_options(spec.rope_theta, dict(spec.rope)),
         "rms_norm_eps": spec.rms_norm_eps,
         "initializer_range": spec.initializer_range,
+        "eos_token_id": None,
+        "bos_token_id": None,
     }
+    if spec.kind != "Qwen2":
+        sizes["attention_bias"] = spec.attention_bias
     torch.manual_seed(spec.seed)
-    model: nn.Module
-    if spec.qwen2:
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
-    else:
-        config = transformers.Qwen3Config(**sizes, attention_bias=spec.attention_bias)
-        model = transformers.Qwen3ForCausalLM(config)
+    sizes |= {key: list(v) if isinstance(v, tuple) else v for key, v in spec.more}
+    config = getattr(transformers, f"{spec.kind}Config")(**sizes)
+    model: nn.Module = getattr(transformers, f"{spec.kind}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.5)
@@ -418,6 +423,7 @@ class Comparison:
 
     num_positions: int = 0
     num_near_ties: int = 0
+    num_near_routes: int = 0  # positions not compared: an expert was chosen by rounding alone
     max_logits_error: float = 0.0  # of the logits' scale
 
 
@@ -433,16 +439,37 @@ class Reference:
         load = transformers.AutoModelForCausalLM.from_pretrained
         self.model = load(model, **{"dtype" if IS_V5 else "torch_dtype": dtype}).eval()
         self._logits: dict[tuple[int, ...], Tensor] = {}
+        self._route_gaps: list[Tensor] = []
+        for name, module in self.model.named_modules():
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(self._watch_router)
+
+    def _watch_router(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        """By how much the last expert chosen is ahead of the next one, for each token."""
+        logits = output[0] if isinstance(output, tuple) else output
+        num_chosen = self.model.config.num_experts_per_tok
+        if num_chosen < logits.size(-1):
+            best = logits.flatten(0, -2).topk(num_chosen + 1).values
+            self._route_gaps.append((best[:, -2] - best[:, -1]) / logits.abs().max())
 
     def logits(self, prompt: list[int], completion: list[int]) -> Tensor:
-        """float32 [len(completion), vocab_size]: row n is what completion token n is taken from."""
+        """float32 [len(completion), vocab_size]: row n is what completion token n is taken from.
+
+        NaN where the reference cannot tell: see Comparison.num_near_routes.
+        """
         tokens = tuple(prompt + completion)[:-1]
         if tokens not in self._logits:
+            self._route_gaps.clear()
             with torch.inference_mode():
                 output = self.model(
                     torch.tensor([tokens]), logits_to_keep=len(completion), use_cache=False
                 )
-            self._logits[tokens] = output.logits[0].float()
+            logits = output.logits[0].float().clone()
+            if self._route_gaps:
+                # From there on rounding alone may have led to other experts, here or there.
+                near = torch.stack(self._route_gaps).amin(0) < NEAR_ROUTE
+                logits[near.cumsum(0)[-len(logits) :] > 0] = torch.nan
+            self._logits[tokens] = logits
         return self._logits[tokens]
 
     def compare(self, prompt: list[int], completion: list[int]) -> Comparison:
@@ -455,6 +482,11 @@ class Reference:
             AssertionError: a token is not the reference's choice.
         """
         logits = self.logits(prompt, completion)
+        num_near_routes = int(logits[:, 0].isnan().sum())
+        logits = logits[: len(logits) - num_near_routes]
+        completion = completion[: len(logits)]
+        if not completion:
+            return Comparison(num_near_routes=num_near_routes)
         scale = logits.abs().max()
         chosen = logits.gather(1, torch.tensor(completion)[:, None])[:, 0]
         gaps = (logits.max(dim=-1).values - chosen) / scale
@@ -464,13 +496,17 @@ class Reference:
             f"reference's, first token {wrong[0]}: {completion[wrong[0]]} instead of "
             f"{int(logits[wrong[0]].argmax())}, gap {gaps[wrong[0]]:.1e} of the logits' scale"
         )
-        return Comparison(len(completion), int((gaps > 0).sum()))
+        return Comparison(len(completion), int((gaps > 0).sum()), num_near_routes)
 
     def logits_error(self, prompt: list[int], completion: list[int], rows: list[Tensor]) -> float:
         """Largest error of the engine's logits, as a share of the largest logit."""
         logits = self.logits(prompt, completion)
         assert len(rows) == len(completion)
-        return float((torch.stack(rows) - logits).abs().max() / logits.abs().max())
+        known = ~logits[:, 0].isnan()
+        if not known.any():
+            return 0.0
+        errors = (torch.stack(rows)[known] - logits[known]).abs().max()
+        return float(errors / logits[known].abs().max())
 
 
 @pytest.fixture(scope="session")
@@ -491,6 +527,7 @@ def compare_run(
         rows = [spy.logits[seq.seq_id][n] for n in range(len(output))]
         total.num_positions += found.num_positions
         total.num_near_ties += found.num_near_ties
+        total.num_near_routes += found.num_near_routes
         error = reference.logits_error(prompt, output, rows)
         total.max_logits_error = max(total.max_logits_error, error)
     return total

@@ -16,10 +16,16 @@ from nanovllm import config as config_module
 from nanovllm.config import Config
 from nanovllm.layers import attention
 from nanovllm.layers.attention import select_backend
-from nanovllm.model_config import ModelConfig
+from nanovllm.model_config import ARCHITECTURES, ModelConfig, Rope, as_token_ids
 from nanovllm.utils import memory
 from nanovllm.utils.device import multiplies_bfloat16, resolve_device, resolve_dtype
 
+EXPERTS: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "vocab_size": 100,
@@ -195,7 +201,7 @@ def test_what_is_derived_is_no_option(name: str, model_dir: ConfigFactory) -> No
     ids=str,
 )
 def test_rope_theta_is_read_in_both_spellings(keys: dict[str, Any]) -> None:
-    assert model_config(**keys).rope_theta == 5e5
+    assert model_config(**keys).rope == Rope("default", 5e5)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
@@ -210,26 +216,40 @@ def test_a_checkpoint_in_another_dtype_is_refused(dtype: str) -> None:
         model_config(torch_dtype=dtype)
 
 
-@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Qwen2ForCausalLM"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_keys_that_config_json_leaves_out_have_the_defaults_of_transformers(
     architecture: str,
 ) -> None:
+    """And those that are null have what null means there."""
     optional = {"head_dim", "max_position_embeddings", "num_key_value_heads"}
     sizes = {key: value for key, value in QWEN3.items() if key not in optional}
-    sizes |= {"architectures": [architecture], "num_key_value_heads": None, "hidden_size": 64}
-    config = ModelConfig.from_dict(sizes)
-    is_qwen3 = architecture == "Qwen3ForCausalLM"
-    kind = transformers.Qwen3Config if is_qwen3 else transformers.Qwen2Config
-    expected = kind(**sizes)
-    head_dim = getattr(expected, "head_dim", None) or 64 // expected.num_attention_heads
-    assert config.head_dim == head_dim
-    assert config.num_kv_heads == expected.num_key_value_heads == 4
-    assert config.max_position_embeddings == expected.max_position_embeddings
-    assert config.rms_norm_eps == expected.rms_norm_eps
-    rope = getattr(expected, "rope_parameters", None) or {"rope_theta": expected.rope_theta}
-    assert config.rope_theta == rope["rope_theta"]
-    assert config.tie_word_embeddings == expected.tie_word_embeddings
-    assert config.eos_token_ids == frozenset()
+    sizes |= {"architectures": [architecture], "num_attention_heads": 32, "hidden_size": 512}
+    for raw in (sizes, sizes | {"sliding_window": None, "eos_token_id": None}):
+        config = ModelConfig.from_dict(raw)
+        kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
+        expected = kind(**raw)
+        head_dim = getattr(expected, "head_dim", None) or 512 // 32
+        assert config.head_dim == head_dim
+        assert config.num_kv_heads == expected.num_key_value_heads
+        assert config.max_position_embeddings == expected.max_position_embeddings
+        assert config.rms_norm_eps == expected.rms_norm_eps
+        rope = getattr(expected, "rope_parameters", None) or {"rope_theta": expected.rope_theta}
+        assert config.rope == Rope("default", rope["rope_theta"])
+        assert config.tie_word_embeddings == expected.tie_word_embeddings
+        assert config.eos_token_ids == as_token_ids(expected.eos_token_id)
+        assert config.sliding_window == getattr(expected, "sliding_window", None)
+        biases = config.qkv_bias, config.output_bias, config.mlp_bias
+        assert biases == (architecture == "Qwen2ForCausalLM", False, False)
+        if config.experts is not None:
+            _, num_experts, num_chosen, size, renormalized = config.experts
+            assert len(config.experts.layers) == config.num_layers
+            assert num_experts == expected.num_experts
+            assert num_chosen == expected.num_experts_per_tok
+            assert (size, renormalized) == (expected.moe_intermediate_size, expected.norm_topk_prob)
+
+
+def test_heads_that_are_null_are_as_many_as_there_are_query_heads() -> None:
+    assert model_config(num_key_value_heads=None).num_kv_heads == QWEN3["num_attention_heads"]
 
 
 @pytest.mark.parametrize("key", sorted(set(QWEN3) - {"architectures", "max_position_embeddings"}))
@@ -289,45 +309,138 @@ def test_qwen3_has_qk_norm_and_biases_where_it_says_so(attention_bias: bool) -> 
 
 
 @pytest.mark.parametrize(
-    "architectures", [["LlamaForCausalLM"], ["Qwen3MoeForCausalLM"], [], None, ...], ids=str
+    "architectures",
+    [
+        ["MixtralForCausalLM"],
+        ["Qwen3NextForCausalLM"],
+        ["Qwen3VLForConditionalGeneration"],
+        [],
+        ...,
+    ],
+    ids=str,
 )
 def test_another_architecture_is_refused_with_the_supported_ones(
     architectures: object, model_dir: ConfigFactory
 ) -> None:
     name = architectures[0] if isinstance(architectures, list) and architectures else None
-    supported = "Qwen3ForCausalLM and Qwen2ForCausalLM"
-    with pytest.raises(ValueError, match=mentions(repr(name), supported)):
+    *most, last = ARCHITECTURES
+    with pytest.raises(ValueError, match=mentions(repr(name), f"{', '.join(most)} and {last}")):
         LLM(str(model_dir(architectures=architectures)))
 
 
-ROPE_SCALINGS: list[tuple[dict[str, Any], str]] = [
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-    ({"rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 4.0}}, "yarn"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_theta": 1e6}, "dynamic"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "llama3"),
-    ({"rope_parameters": {"type": "linear", "rope_theta": 1e6, "factor": 2.0}}, "linear"),
-    ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+BAD_ROPES: list[tuple[dict[str, Any], tuple[object, ...]]] = [
+    ({"type": "dynamic", "factor": 4.0}, ("'dynamic'", "not implemented", "'yarn'")),
+    ({"rope_type": "longrope", "factor": 4.0}, ("'longrope'", "not implemented", "'llama3'")),
+    ({"rope_type": "mrope"}, ("'mrope'", "not implemented")),
+    ({"rope_type": None}, ("None", "not implemented")),
+    ({"partial_rotary_factor": 0.5}, ("partial_rotary", "not implemented")),
+    ({"rope_type": "linear"}, ("no factor",)),
+    ({"rope_type": "linear", "factor": 0.0}, ("factor", "> 0")),
+    ({"rope_type": "linear", "factor": "2"}, ("factor", "'2'")),
+    (YARN | {"original_max_position_embeddings": -1}, ("original_max_position_embeddings", -1)),
+    (YARN | {"beta_fast": -1.0}, ("beta_fast", -1.0)),
+    ({"rope_type": "llama3", "factor": 8.0}, ("no low_freq_factor",)),
+    (LLAMA3 | {"low_freq_factor": 4.0}, ("low_freq_factor (4)", "below")),
 ]
 
 
-@pytest.mark.parametrize(("keys", "kind"), ROPE_SCALINGS, ids=str)
-def test_rope_scaling_is_refused(keys: dict[str, Any], kind: str, model_dir: ConfigFactory) -> None:
-    with pytest.raises(ValueError, match=mentions(kind, next(iter(keys)), "not implemented")):
-        LLM(str(model_dir(**keys)))
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(("rope", "words"), BAD_ROPES, ids=str)
+def test_a_rope_that_is_unknown_or_impossible_is_refused(
+    key: str, rope: dict[str, Any], words: tuple[object, ...], model_dir: ConfigFactory
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=mentions(*words)):
+        LLM(str(model_dir(**{key: rope})))
 
 
 @pytest.mark.parametrize(
-    "keys",
+    ("rope", "max_positions", "length", "factor"),
     [
-        {"use_sliding_window": True, "sliding_window": 4096},
-        {"layer_types": ["full_attention", "sliding_attention"]},
+        (YARN, 5000, 5000, 4.0),
+        (YARN, 4000, 4000, 4.0),
+        (YARN, 1000, 4000, 4.0),
+        (YARN | {"original_max_position_embeddings": None}, 5000, 20000, 4.0),
+        (YARN | {"factor": None}, 5000, 5000, 5.0),
+        (LLAMA3, 5000, 5000, 8.0),
+        ({"type": "linear", "factor": 3}, 5000, 5000, 3.0),
     ],
     ids=str,
 )
-def test_sliding_windows_are_refused(keys: dict[str, Any], model_dir: ConfigFactory) -> None:
-    with pytest.raises(ValueError, match=r"sliding-window attention .* not implemented"):
-        LLM(str(model_dir(**keys)))
+def test_the_longest_sequence_follows_from_the_rope(
+    rope: dict[str, Any], max_positions: int, length: int, factor: float
+) -> None:
+    """transformers 4 knew it as rope_scaling, which wins as it does there."""
+    for keys in ({"rope_parameters": rope}, {"rope_scaling": rope, "rope_parameters": {}}):
+        config = model_config(max_position_embeddings=max_positions, **keys)
+        assert config.max_position_embeddings == length
+        assert config.rope.factor == factor
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
+
+
+@pytest.mark.parametrize(
+    ("keys", "window"),
+    [
+        (MISTRAL, 4096),
+        (MISTRAL | {"sliding_window": 100}, 100),
+        (MISTRAL | {"sliding_window": None}, None),
+        (QWEN2 | {"sliding_window": 100, "max_window_layers": 1}, 100),
+        (QWEN2 | {"sliding_window": 100, "max_window_layers": 2}, None),
+        (QWEN2 | {"sliding_window": 100, "layer_types": ["full_attention"] * 2}, None),
+        (QWEN2 | {"sliding_window": 100, "layer_types": ["sliding_attention"] * 2}, 100),
+        (QWEN2 | {"use_sliding_window": False, "sliding_window": 100}, None),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, 64),
+    ],
+    ids=str,
+)
+def test_a_sliding_window_limits_the_length(
+    keys: dict[str, Any], window: int | None, model_dir: ConfigFactory
+) -> None:
+    """Up to it it changes nothing."""
+    path = str(model_dir(num_hidden_layers=2, **keys))
+    if window is None:
+        assert Config(path).max_model_len == 4096
+        return
+    assert Config(path, max_model_len=window).model_config.sliding_window == window
+    with pytest.raises(ValueError, match=mentions("sliding-window", window, window + 1)):
+        Config(path, max_model_len=window + 1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"layer_types": ["sliding_attention"]}, ("sliding_attention", "no window")),
+        ({"layer_types": ["linear_attention"]}, ("'linear_attention'", "not implemented")),
+        ({"layer_types": "full_attention"}, ("layer_types", "list")),
+        (EXPERTS | {"num_experts_per_tok": 5}, ("num_experts_per_tok (5)", "4")),
+        (EXPERTS | {"num_experts": 0}, ("num_experts", 0)),
+        (EXPERTS | {"num_local_experts": 3, "num_experts_per_tok": 4}, ("(4)", "3")),
+        (EXPERTS | {"decoder_sparse_step": 0}, ("decoder_sparse_step", 0)),
+        (EXPERTS | {"mlp_only_layers": 1}, ("mlp_only_layers", 1)),
+    ],
+    ids=str,
+)
+def test_layers_that_are_unknown_or_impossible_are_refused(
+    keys: dict[str, Any], words: tuple[object, ...]
+) -> None:
+    with pytest.raises(ValueError, match=mentions(*words)):
+        model_config(**keys)
+
+
+def test_which_layers_have_experts() -> None:
+    def layers(**keys: object) -> set[int]:
+        found = model_config(**EXPERTS, num_hidden_layers=6, **keys).experts
+        assert found is not None
+        return set(found.layers)
+
+    assert layers() == {0, 1, 2, 3, 4, 5}
+    assert layers(decoder_sparse_step=2) == {1, 3, 5}
+    assert layers(decoder_sparse_step=2, mlp_only_layers=[0, 3]) == {1, 5}
+    assert layers(decoder_sparse_step=7) == set()
 
 
 @pytest.mark.parametrize(

@@ -220,15 +220,19 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("a list as config.json", write("config.json", b"[]"), "config.json holds no JSON object"),
     (
         "architecture",
-        config(architectures=["LlamaForCausalLM"]),
-        "'LlamaForCausalLM' is not supported, only Qwen3ForCausalLM and Qwen2ForCausalLM",
+        config(architectures=["MixtralForCausalLM"]),
+        "'MixtralForCausalLM' is not supported, only Qwen3ForCausalLM, .* and MistralForCausalLM",
     ),
     ("no size", config(hidden_size=...), "config.json has no hidden_size"),
     ("impossible size", config(num_hidden_layers=0), "num_hidden_layers must be >= 1, got 0"),
     ("heads", config(num_key_value_heads=3), "is no multiple of num_key_value_heads"),
     ("activation", config(hidden_act="gelu"), "'gelu' is not implemented, only 'silu'"),
-    ("rope", config(rope_parameters={"rope_type": "yarn"}), "type 'yarn' .* is not implemented"),
-    ("windows", config(use_sliding_window=True), "sliding-window attention"),
+    ("rope", config(rope_parameters={"rope_type": "dynamic"}), "type 'dynamic' is not implemented"),
+    (
+        "windows",
+        config(use_sliding_window=True, sliding_window=9, layer_types=None, max_window_layers=0),
+        "sliding-window attention",
+    ),
     (
         "quantisation",
         config(quantization_config={"quant_method": "awq"}),

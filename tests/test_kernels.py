@@ -44,6 +44,7 @@ from nanovllm.layers.products import (
 )
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.sampler import sample
+from nanovllm.model_config import Rope
 from nanovllm.utils.context import cut_queries
 
 pytest.importorskip("triton")
@@ -56,6 +57,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = (torch.bfloat16, torch.float16) if CUDA else (torch.float32, torch.float16)
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPS = 1e-6
+ROPE = Rope("default", 1e6)
 
 
 def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
@@ -451,7 +453,7 @@ def test_qk_norm_rope_store(
     qkv = randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
     qkv[0] *= 1e-3  # where eps counts
     weights = (randn(head_dim, dtype=dtype), randn(head_dim, dtype=dtype)) if norm else None
-    cos_sin = RotaryEmbedding(head_dim, 99, 1e6).cos_sin.to(DEVICE)
+    cos_sin = RotaryEmbedding(head_dim, 99, ROPE).cos_sin.to(DEVICE)
     positions = torch.randint(0, 99, (num_tokens,), device=DEVICE)
     k_cache = torch.zeros(8, block_size, num_kv_heads, head_dim, dtype=dtype, device=DEVICE)
     v_cache = k_cache.clone()
@@ -481,7 +483,7 @@ def test_qk_norm_rope_store_without_a_cache() -> None:
     """None as well as an empty one, which a layer has until a pool is bound."""
     from nanovllm.kernels import fused
 
-    qkv, cos_sin = randn(3, 8 * 64), RotaryEmbedding(64, 99, 1e6).cos_sin.to(DEVICE)
+    qkv, cos_sin = randn(3, 8 * 64), RotaryEmbedding(64, 99, ROPE).cos_sin.to(DEVICE)
     positions, slots = torch.arange(3, device=DEVICE), torch.full((3,), 7, device=DEVICE).int()
     expected = qk_norm_rope(qkv, None, cos_sin, positions, 4, 2)
     for cache in (None, torch.empty(0, device=DEVICE)):
@@ -970,7 +972,7 @@ def test_kernels_for_hopper_wait_for_what_the_kernel_before_writes() -> None:
     tiles, dtype = query_tiles_of(lengths, lengths), torch.bfloat16
     inputs = [randn(8192, 4096, dtype=dtype) for _ in range(2)]
     norm, weight = randn(1024, dtype=dtype), randn(512, 1024, dtype=dtype)
-    cos_sin = RotaryEmbedding(128, 9000, 1e6).cos_sin.to(DEVICE)
+    cos_sin = RotaryEmbedding(128, 9000, ROPE).cos_sin.to(DEVICE)
     positions = torch.arange(8192, device=DEVICE)
     slots = torch.full((8192,), -1, dtype=torch.int32, device=DEVICE)
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ from nanovllm.layers.torch_attention import (
     torch_prefill,
     torch_workspace,
 )
-from nanovllm.model_config import ModelConfig, read_json
+from nanovllm.model_config import ModelConfig, Rope, read_json
 from nanovllm.utils.context import Context
 
 NAN = float("nan")
@@ -392,7 +393,7 @@ def test_the_attention_layer_norms_rotates_stores_and_attends(
     """From a merged projection: as its parts one after the other, K/V stored before it attends."""
     directory = checkpoint(ModelSpec(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16))
     config = ModelConfig.from_dict(read_json(directory / "config.json"))
-    rotary_emb = RotaryEmbedding(16, max_positions=32, theta=1e4)
+    rotary_emb = RotaryEmbedding(16, max_positions=32, rope=Rope("default", 1e4))
     layer = Attention(config, BACKENDS["torch"], rotary_emb)
     assert layer.scale == 0.25
     batch = PagedBatch([5, 3], [5, 19])
@@ -478,16 +479,36 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
     )
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10240}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALINGS: list[dict[str, Any]] = [
+    {},
+    {"rope_type": "linear", "factor": 2.5},
+    YARN,
+    YARN | {"beta_fast": 8.0, "beta_slow": 3.0},
+    YARN | {"truncate": False, "attention_factor": 1.3},
+    YARN | {"mscale": 0.7, "mscale_all_dim": 1.1},
+    YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
+    LLAMA3 | {"original_max_position_embeddings": 8192},
+    LLAMA3 | {"original_max_position_embeddings": 512, "factor": 32.0},
+]
+
+
 @dtypes
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 @pytest.mark.parametrize("theta", [1e4, 1e6])
-def test_rotary_embedding_is_that_of_transformers(dtype: torch.dtype, theta: float) -> None:
+def test_rotary_embedding_is_that_of_transformers(
+    dtype: torch.dtype, theta: float, scaling: dict[str, Any]
+) -> None:
     torch.manual_seed(0)
     positions = torch.tensor([0, 1, 2, 255, 256, 1000, 40959])
     q, k = torch.randn(7, 4, 32).to(dtype), torch.randn(7, 2, 32).to(dtype)
-    config = Qwen3Config(head_dim=32, max_position_embeddings=40960, **rope_options(theta))
+    sizes = {"head_dim": 32, "max_position_embeddings": 40960}
+    config = Qwen3Config(**sizes, **rope_options(theta, scaling))
     cos, sin = Qwen3RotaryEmbedding(config)(q.float(), positions[None])
     expected = apply_rotary_pos_emb(q.float(), k.float(), cos[0], sin[0], unsqueeze_dim=1)
-    rotary = RotaryEmbedding(32, max_positions=40960, theta=theta)
+    raw = config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
+    rotary = RotaryEmbedding(32, 40960, ModelConfig.from_dict(raw).rope)
     for x, want in zip((q, k), expected, strict=True):
         cos, sin = rotary.cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
         out = apply_rotary(x, cos, sin)
@@ -496,10 +517,10 @@ def test_rotary_embedding_is_that_of_transformers(dtype: torch.dtype, theta: flo
 
 
 def test_rotary_angles_are_float32_whatever_the_default_dtype() -> None:
-    expected = RotaryEmbedding(32, max_positions=4096, theta=1e6).cos_sin
+    expected = RotaryEmbedding(32, 4096, Rope("default", 1e6)).cos_sin
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = RotaryEmbedding(32, max_positions=4096, theta=1e6).cos_sin
+        found = RotaryEmbedding(32, 4096, Rope("default", 1e6)).cos_sin
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32

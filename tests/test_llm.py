@@ -546,7 +546,7 @@ def test_two_engines_in_one_process_do_not_disturb_each_other(
     prompts = random_prompts([40, 18, 3], VOCAB_SIZE)
     models = [
         (text_model, OPTIONS),
-        (checkpoint(ModelSpec(qwen2=True)), {**OPTIONS, "kvcache_block_size": 32}),
+        (checkpoint(ModelSpec(kind="Qwen2")), {**OPTIONS, "kvcache_block_size": 32}),
     ]
     expected = []
     for model, options in models:

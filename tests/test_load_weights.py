@@ -18,6 +18,7 @@ from nanovllm.utils import loader
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "max_model_len": 96, "max_num_seqs": 4, "kvcache_block_size": 16
 }  # fmt: skip
+EXPERTS = (("num_experts", 6), ("num_experts_per_tok", 2), ("moe_intermediate_size", 40))
 PROMPTS = random_prompts([50, 17, 33], 300)
 PARAMS = [greedy(8), SamplingParams(seed=3, max_tokens=8, logprobs=3, temperature=0.7), greedy(4)]
 
@@ -41,10 +42,13 @@ class Rounded:
         return isinstance(other, Rounded) and self.values == pytest.approx(other.values, abs=1e-4)
 
 
-@pytest.fixture(params=["untied", "tied", "qwen2"])
+@pytest.fixture(params=["untied", "tied", "Qwen2", "Llama", "Qwen3Moe"])
 def models(request: pytest.FixtureRequest, checkpoint: CheckpointFactory) -> tuple[Path, Path]:
     """Two checkpoints of one shape, the second in shards."""
-    options = {"tied": request.param == "tied", "qwen2": request.param == "qwen2"}
+    kind = request.param if request.param[0].isupper() else "Qwen3"
+    options: dict[str, Any] = {"tied": request.param == "tied", "kind": kind}
+    if kind == "Qwen3Moe":
+        options["more"] = EXPERTS
     first = checkpoint(ModelSpec(**options))
     return first, checkpoint(ModelSpec(**options, seed=9, max_shard_size="100KB"))
 
@@ -110,7 +114,9 @@ def test_another_shape_is_refused_and_the_old_weights_stay(
 ) -> None:
     expected = use(llm)
     other = checkpoint(ModelSpec(num_layers=3, rope_theta=5e5))
-    with pytest.raises(ValueError, match=r"num_layers 2, not 3, .*rope_theta 10000\.0, not 5000"):
+    with pytest.raises(
+        ValueError, match=r"num_layers 2, not 3, .*rope .*theta=10000\.0.*, not .*theta=5000"
+    ):
         llm.load_weights(other)
     with pytest.raises(ValueError, match=r"config\.json"):
         llm.load_weights(tmp_path)

@@ -71,8 +71,8 @@ def copied(checkpoint: CheckpointFactory, tmp_path: Path) -> CopyFactory:
         SHARDED,
         TIED,
         ModelSpec(attention_bias=True),
-        ModelSpec(qwen2=True),
-        ModelSpec(qwen2=True, tied=True, max_shard_size="50KB"),
+        ModelSpec(kind="Qwen2"),
+        ModelSpec(kind="Qwen2", tied=True, max_shard_size="50KB"),
     ],
     ids=str,
 )
@@ -398,7 +398,7 @@ def test_a_parameter_that_no_tensor_fills_is_refused(name: str, copied: CopyFact
 
 
 def test_a_missing_bias_is_refused(copied: CopyFactory) -> None:
-    model_dir = copied(ModelSpec(qwen2=True))
+    model_dir = copied(ModelSpec(kind="Qwen2"))
     rewrite(model_dir, **{"model.layers.0.self_attn.v_proj.bias": None})
     refused(model_dir, "model.layers.0.self_attn.v_proj.bias")
 
@@ -513,7 +513,7 @@ def test_dummy_weights_need_only_config_json(tiny_model: Path, tmp_path: Path) -
         assert len(completions(llm, [[1, 2, 3]], max_tokens=20)[0]) == 20
 
 
-@pytest.mark.parametrize("spec", [ModelSpec(), TIED, ModelSpec(qwen2=True)], ids=str)
+@pytest.mark.parametrize("spec", [ModelSpec(), TIED, ModelSpec(kind="Qwen2")], ids=str)
 def test_dummy_weights_are_finite_and_not_all_alike(
     spec: ModelSpec, checkpoint: CheckpointFactory
 ) -> None:

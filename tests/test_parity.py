@@ -3,11 +3,13 @@
 The models are random, and other ones in each run; NANOVLLM_TEST_SEED repeats a run.
 """
 
+import dataclasses
 import os
 import random
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.slow
 
 RUN_SEED = os.environ.get("NANOVLLM_TEST_SEED") or str(secrets.randbelow(10**6))
 NUM_MODELS = 12
+NUM_RELATIVES = 16  # 4 Llama, 2 Mistral, 4 with YaRN, 6 with experts
 MAX_LOGITS_ERROR = 1e-5  # of the largest logit
 BLOCK_EDGES = [1, 2, 15, 16, 17, 255, 256, 257, 511, 513]
 
@@ -50,7 +53,7 @@ def random_spec(index: int) -> ModelSpec:
         else rng.choice([size for size in sizes if size != num_heads * head_dim])
     )
     return ModelSpec(
-        qwen2=qwen2,
+        kind="Qwen2" if qwen2 else "Qwen3",
         vocab_size=rng.randint(200, 600),
         hidden_size=hidden_size,
         intermediate_size=rng.choice([56, 96, 130]),
@@ -70,10 +73,69 @@ def random_spec(index: int) -> ModelSpec:
     )
 
 
-SPECS = [random_spec(index) for index in range(NUM_MODELS)]
+def random_relative(index: int) -> ModelSpec:
+    """Another kind of model, or with scaled positions or experts; otherwise as random_spec."""
+    rng = random.Random(f"{RUN_SEED}-relative-{index}")
+    spec = random_spec(index)
+    plain = {"attention_bias": False, "initializer_range": 1.2 / spec.hidden_size**0.5}
+    yarn = {"rope_type": "yarn", "factor": rng.choice([2.0, 3.5, 4.0, 8.0])}
+    yarn["original_max_position_embeddings"] = rng.choice([64, 128, 200])
+    if index < 4:
+        scaling: dict[str, Any] = [
+            {},
+            {"rope_type": "linear", "factor": rng.choice([2.0, 2.5])},
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+            {},
+        ][index]
+        more = {"mlp_bias": index in (0, 3)}
+        return replaced(spec, scaling, more, kind="Llama", **plain | {"attention_bias": index < 2})
+    if index < 6:
+        more = {"sliding_window": [None, 800][index % 2]}
+        return replaced(spec, {}, more, kind="Mistral", **plain)
+    if index < 10:
+        details: dict[str, Any] = [
+            {},
+            {"beta_fast": 16.0, "beta_slow": 2.0},
+            {"attention_factor": 1.2, "truncate": False},
+            {"mscale": 1.0, "mscale_all_dim": 0.8},
+        ][index % 4]
+        if index < 8:
+            return replaced(spec, yarn | details, {}, kind="Qwen3")
+        return replaced(spec, yarn | details, {}, kind="Qwen2", **plain)
+    num_experts, num_chosen = [(4, 1), (8, 8), (64, 8), (16, 2), (5, 3), (32, 4)][index - 10]
+    more = {
+        "num_experts": num_experts,
+        "num_experts_per_tok": num_chosen,
+        "moe_intermediate_size": rng.choice([24, 40, 72]),
+        "norm_topk_prob": index % 2 == 0,
+        "mlp_only_layers": [0] if index == 13 else [],
+        "decoder_sparse_step": 2 if index in (11, 14) else 1,
+    }
+    sharpness = plain["initializer_range"]
+    return replaced(spec, {}, more, kind="Qwen3Moe", num_layers=3, initializer_range=sharpness)
 
-every_model = pytest.mark.parametrize("spec", SPECS, ids=str)
-some_models = pytest.mark.parametrize("spec", SPECS[:4], ids=str)
+
+def replaced(
+    spec: ModelSpec, scaling: dict[str, Any], more: dict[str, Any], **changes: Any
+) -> ModelSpec:
+    """A spec with changes, and keys of rope_parameters and of config.json besides."""
+    more = {key: tuple(value) if isinstance(value, list) else value for key, value in more.items()}
+    return dataclasses.replace(
+        spec, rope=tuple(scaling.items()), more=tuple(more.items()), **changes
+    )
+
+
+SPECS = [random_spec(index) for index in range(NUM_MODELS)]
+RELATIVES = [random_relative(index) for index in range(NUM_RELATIVES)]
+
+every_model = pytest.mark.parametrize("spec", SPECS + RELATIVES, ids=str)
+some_models = pytest.mark.parametrize("spec", [*SPECS[:3], RELATIVES[2], RELATIVES[12]], ids=str)
 
 ReferenceFactory = Callable[[Path], Reference]
 
@@ -95,6 +157,7 @@ def ragged_prompts(spec: ModelSpec) -> list[list[int]]:
 def record(tally: Tally, found: Comparison) -> None:
     tally.count("parity: tokens compared with transformers", found.num_positions)
     tally.count("parity: near-ties let pass", found.num_near_ties)
+    tally.count("parity: positions behind a near-tie of two experts", found.num_near_routes)
     tally.maximum("parity: logits error, of the logits' scale", found.max_logits_error)
     assert found.max_logits_error < MAX_LOGITS_ERROR
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nanovllm.kernels import kernel_of
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.products import LinearInputs, pack, product_table
+from nanovllm.layers.products import LinearInputs, ProductTable, pack, product_table
 
 
 class Linear(nn.Module):
@@ -33,7 +33,10 @@ class Linear(nn.Module):
         self.weight = parameter(output_size, input_size)
         self.bias = parameter(output_size) if bias else None
         self.act = kernel_of(silu_and_mul, "fused", self.weight.device) if self.is_gated else None
-        self.products = product_table(self.weight, self.is_gated, self.is_head)
+        self.products = self._product_table()
+
+    def _product_table(self) -> ProductTable:
+        return product_table(self.weight, self.is_gated, self.is_head, self.bias is not None)
 
     def pack(self) -> None:
         """Keep the weight, now that it is filled, as this machine multiplies fastest."""
@@ -49,7 +52,7 @@ class Linear(nn.Module):
 
     def _replace_weight(self, weight: Tensor) -> None:
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.products = product_table(weight, self.is_gated, self.is_head)
+        self.products = self._product_table()
 
     def forward(
         self,
@@ -106,6 +109,8 @@ class GatedLinear(MergedLinear):
 
     is_gated = True
 
-    def __init__(self, input_size: int, output_size: int, **options: Any) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, bias: bool = False, **options: Any
+    ) -> None:
         sizes = {"gate_proj": output_size, "up_proj": output_size}
-        super().__init__(input_size, sizes, **options)
+        super().__init__(input_size, sizes, bias, **options)

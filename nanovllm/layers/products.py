@@ -128,7 +128,9 @@ def gated_prefill(inputs: LinearInputs) -> Tensor:
     return gated_linear(inputs.normed(), inputs.weight)
 
 
-def product_table(weight: Tensor, is_gated: bool = False, is_head: bool = False) -> ProductTable:
+def product_table(
+    weight: Tensor, is_gated: bool = False, is_head: bool = False, has_bias: bool = False
+) -> ProductTable:
     """The products of a layer, by the GPU, shape and dtype of its weight [num_rows, input_size].
 
     Measured on an H100 against cuBLAS.
@@ -136,13 +138,14 @@ def product_table(weight: Tensor, is_gated: bool = False, is_head: bool = False)
     Args:
         is_gated: gate over up; SiLU(gate) * up follows the matrix product.
         is_head: the output head.
+        has_bias: which the kernels of gated layers have not.
 
     Returns:
         Of a kernel that is compiled differently for more tokens, each form has its entry.
     """
     if weight.is_mkldnn:
         return {math.inf: onednn}
-    if not kernels.usable(weight.device):
+    if not kernels.usable(weight.device) or (is_gated and has_bias):
         return {math.inf: plain}
     from nanovllm.kernels.device import is_hopper
     from nanovllm.kernels.small_linear import TOKEN_BORDERS, small_linear_counters

@@ -1,7 +1,11 @@
 """Rotary position embedding (https://arxiv.org/abs/2104.09864), halves rotated as in Qwen."""
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from nanovllm.model_config import Rope
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,14 +38,61 @@ class RotaryEmbedding(nn.Module):
         self,
         head_dim: int,
         max_positions: int,
-        theta: float,
+        rope: Rope,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         # As transformers computes them: float32 throughout, and on the CPU, since one ulp of a
         # frequency is multiplied by the position.
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
         positions = torch.arange(max_positions, dtype=torch.float32, device="cpu")
-        angles = torch.outer(positions, 1.0 / theta**exponents)
-        cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        angles = torch.outer(positions, frequencies(head_dim, rope))
+        cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.attention_factor
         self.register_buffer("cos_sin", cos_sin.to(device), persistent=False)
+
+
+def frequencies(head_dim: int, rope: Rope) -> Tensor:
+    """By what angle each pair turns from one position to the next: float32 [head_dim / 2], CPU.
+
+    linear: all pairs turn slower (https://kaiokendev.github.io/til#extending-context-to-8k).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    periods = rope.theta**exponents
+    whole = 1.0 / periods
+    if rope.kind == "yarn":
+        kept = _yarn_kept(head_dim, rope)
+        return 1.0 / (rope.factor * periods) * (1 - kept) + whole * kept
+    if rope.kind == "llama3":
+        kept = _llama3_kept(whole, rope)
+        scaled = (1 - kept) * whole / rope.factor + kept * whole
+        return torch.where(kept == 0, whole / rope.factor, scaled)
+    return whole / rope.factor
+
+
+def _yarn_kept(head_dim: int, rope: Rope) -> Tensor:
+    """What share of each pair's frequency YaRN keeps, a line between two pairs' indices.
+
+    Section 3.2 of https://arxiv.org/abs/2309.00071.
+    """
+
+    def index(turns: float) -> float:
+        """Of the pair, a fraction, that turns so often over the original length."""
+        period = rope.original_length / (turns * 2 * math.pi)
+        return head_dim * math.log(period) / (2 * math.log(rope.theta))
+
+    first, last = index(rope.fast_turns), index(rope.slow_turns)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    last += 0.001 if first == last else 0  # nothing is divided by 0
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    return 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+
+
+def _llama3_kept(whole: Tensor, rope: Rope) -> Tensor:
+    """The same for Llama 3.1, a line between numbers of turns.
+
+    https://github.com/meta-llama/llama-models/blob/main/models/llama3/reference_impl/model.py
+    """
+    turns = rope.original_length / (2 * math.pi / whole)
+    line = (turns - rope.slow_turns) / (rope.fast_turns - rope.slow_turns)
+    return line.clamp(0, 1)

@@ -1,4 +1,6 @@
-"""Qwen3 (https://arxiv.org/abs/2505.09388) and Qwen2, the dense models, for inference.
+"""Qwen3 (https://arxiv.org/abs/2505.09388), for inference, and models that differ in details.
+
+Those are Qwen3-MoE, Qwen2, Llama and Mistral: what each has, ModelConfig says.
 
 Module names follow the checkpoints', so that a tensor's name tells where it goes; projections of
 one input are merged. Tokens of all sequences lie in one row [num_tokens, ...]: only attention
@@ -18,13 +20,14 @@ from nanovllm.layers.attention import Attention, Backend
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GatedLinear, Linear, MergedLinear
+from nanovllm.layers.moe import MoE
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.context import Context
 
 
 class Qwen3Attention(nn.Module):
-    """Grouped-query attention; Qwen3 norms each head of q and k, Qwen2 has biases instead."""
+    """Grouped-query attention; Qwen3 norms each head of q and k, others have biases or neither."""
 
     def __init__(
         self, config: ModelConfig, backend: Backend, rotary_emb: RotaryEmbedding, **options: Any
@@ -72,6 +75,7 @@ class Qwen3MLP(nn.Module):
     def __init__(self, config: ModelConfig, **options: Any) -> None:
         super().__init__()
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+        options["bias"] = config.mlp_bias
         self.gate_up_proj = GatedLinear(hidden_size, intermediate_size, **options)
         self.down_proj = Linear(intermediate_size, hidden_size, **options)
 
@@ -81,14 +85,20 @@ class Qwen3MLP(nn.Module):
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """Pre-norm block."""
+    """Pre-norm block; index: of the layer in the model."""
 
     def __init__(
-        self, config: ModelConfig, backend: Backend, rotary_emb: RotaryEmbedding, **options: Any
+        self,
+        config: ModelConfig,
+        index: int,
+        backend: Backend,
+        rotary_emb: RotaryEmbedding,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.self_attn = Qwen3Attention(config, backend, rotary_emb, **options)
-        self.mlp = Qwen3MLP(config, **options)
+        has_experts = config.experts is not None and index in config.experts.layers
+        self.mlp = MoE(config, **options) if has_experts else Qwen3MLP(config, **options)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
 
@@ -113,11 +123,11 @@ class Qwen3Model(nn.Module):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **options)
         self.rotary_emb = RotaryEmbedding(
-            config.head_dim, max_positions, config.rope_theta, options.get("device")
+            config.head_dim, max_positions, config.rope, options.get("device")
         )
         self.layers = nn.ModuleList(
-            Qwen3DecoderLayer(config, backend, self.rotary_emb, **options)
-            for _ in range(config.num_layers)
+            Qwen3DecoderLayer(config, index, backend, self.rotary_emb, **options)
+            for index in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
 
@@ -137,7 +147,7 @@ class Qwen3ForCausalLM(nn.Module):
     """The whole model, its parameters not initialised.
 
     Args:
-        config: sizes and variants; Qwen2 is Qwen3 with QKV biases and no QK-norm.
+        config: sizes and variants.
         backend: computes attention.
         max_positions: positions 0 .. max_positions - 1 may occur.
         **options: device and dtype of the parameters.
