@@ -33,6 +33,8 @@ from nanovllm.layers.embed_head import LMHead, resolve_and_embed
 from nanovllm.layers.filters import Filters, kept_threshold
 from nanovllm.layers.layernorm import RMSNorm, rms_norm
 from nanovllm.layers.linear import GatedLinear, Linear
+from nanovllm.layers.moe import route as twin_route
+from nanovllm.layers.moe import run_experts
 from nanovllm.layers.products import (
     ProductTable,
     few_tokens,
@@ -692,6 +694,122 @@ def test_sampled_ids_are_distributed_as_the_softmax(varies: str) -> None:
     assert ((seen - probabilities).abs() < 5 * deviation).all()
 
 
+# ---- experts
+
+
+class MoeShape(NamedTuple):
+    """num_experts, num_chosen, hidden_size, intermediate_size of an expert."""
+
+    num_experts: int
+    num_chosen: int
+    hidden_size: int
+    intermediate_size: int
+
+
+MOE_SHAPES = [MoeShape(6, 2, 96, 40), MoeShape(5, 3, 72, 130), MoeShape(16, 1, 64, 64)]
+if CUDA:
+    MOE_SHAPES += [MoeShape(128, 8, 2048, 768), MoeShape(64, 8, 1030, 200), MoeShape(8, 8, 64, 24)]
+moe_shapes = pytest.mark.parametrize("shape", MOE_SHAPES, ids=lambda s: "-".join(map(str, s)))
+MOE_TOKENS = [1, 2, 4, 5, 33, 300] if CUDA else [1, 4, 5, 33]
+
+
+def expert_weights(shape: MoeShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    num_experts, _, hidden_size, size = shape
+    gate_up = randn(num_experts, 2 * size, hidden_size, dtype=dtype) * hidden_size**-0.5
+    return gate_up, randn(num_experts, hidden_size, size, dtype=dtype) * size**-0.5
+
+
+@runs_kernels
+@dtypes
+@pytest.mark.parametrize("renormalized", [True, False])
+@pytest.mark.parametrize(
+    ("num_experts", "num_chosen"), [(4, 1), (128, 8), (5, 5), (60, 4), (300, 7)]
+)
+def test_route_equals_its_twin(
+    num_experts: int, num_chosen: int, renormalized: bool, dtype: torch.dtype
+) -> None:
+    from nanovllm.kernels import moe
+
+    logits = randn(37, num_experts, dtype=dtype) * 3
+    counts = torch.zeros(num_experts, dtype=torch.int32, device=DEVICE)
+    pairs = torch.full((num_experts, 37), -1, dtype=torch.int32, device=DEVICE)
+    weights, chosen = moe.route(logits, num_chosen, renormalized, moe.Buckets(counts, pairs))
+    expected, _ = twin_route(logits, num_chosen, renormalized)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+    # Of equals any may have been chosen, but none twice.
+    assert all(len(set(row)) == num_chosen for row in chosen.tolist())
+    shares = logits.float().softmax(dim=-1)
+    shares = shares.gather(1, chosen.long())
+    if renormalized:
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(shares, weights, rtol=1e-5, atol=1e-6)
+    for expert, count in enumerate(counts.tolist()):
+        own = (chosen.flatten() == expert).nonzero().flatten().tolist()
+        assert sorted(pairs[expert, :count].tolist()) == own
+        assert (pairs[expert, count:] == -1).all()
+
+
+@runs_kernels
+def test_route_of_equal_and_of_bad_logits() -> None:
+    """Of equals the first; of NaN and infinity whatever there is, but experts that exist."""
+    from nanovllm.kernels import moe
+
+    logits = randn(5, 12)
+    logits[0] = 1.0
+    logits[1] = -math.inf
+    logits[2] = math.nan
+    logits[3, 4] = math.inf
+    logits[4, 7:9] = 9.0
+    weights, chosen = moe.route(logits, 3, renormalized=True)
+    assert chosen[0].tolist() == [0, 1, 2]
+    assert torch.allclose(weights[0], torch.full_like(weights[0], 1 / 3))
+    assert chosen[4, :2].tolist() == [7, 8]
+    assert ((chosen >= 0) & (chosen < 12)).all()
+
+
+@runs_kernels
+@dtypes
+@moe_shapes
+@pytest.mark.parametrize("num_tokens", MOE_TOKENS)
+@pytest.mark.parametrize("routing", ["random", "one expert"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+def test_experts_equal_their_twin(
+    routing: str, num_tokens: int, shape: MoeShape, dtype: torch.dtype
+) -> None:
+    """Experts that nobody chooses hold NaN."""
+    from nanovllm.kernels import moe
+
+    gate_up, down = expert_weights(shape, dtype)
+    logits = randn(num_tokens, shape.num_experts, dtype=dtype)
+    if routing == "one expert":
+        logits[:, shape.num_experts // 2] = 20.0
+        logits[:, : shape.num_chosen - 1] = 10.0
+    weights, chosen = twin_route(logits, shape.num_chosen, True)
+    unused = torch.ones(shape.num_experts, dtype=torch.bool, device=DEVICE)
+    unused[chosen.flatten()] = False
+    gate_up[unused], down[unused] = math.nan, math.nan
+    x, residual = (randn(num_tokens, shape.hidden_size, dtype=dtype) for _ in range(2))
+    exact = run_experts(x.double(), gate_up.double(), down.double(), weights.double(), chosen)
+    out = moe.grouped_experts(x, residual, gate_up, down, logits, shape.num_chosen, True)
+    assert close(out, residual.double() + exact)
+    if num_tokens <= 5:
+        norm_weight = randn(shape.hidden_size, dtype=dtype)
+        routed = moe.route(logits, shape.num_chosen, True)
+        out = moe.few_tokens_experts(x, norm_weight, EPS, gate_up, down, *routed)
+        normed = rms_norm(x, norm_weight, EPS).double()
+        exact = run_experts(normed, gate_up.double(), down.double(), weights.double(), chosen)
+        assert close(out, x.double() + exact)
+
+
+def test_an_expert_without_tokens_costs_nothing_in_the_twin() -> None:
+    shape = MoeShape(5, 2, 8, 4)
+    gate_up, down = expert_weights(shape, torch.float32)
+    weights, chosen = twin_route(randn(3, 5), 2, True)
+    out = run_experts(randn(3, 8), gate_up, down, weights, chosen)
+    assert out.shape == (3, 8)
+    assert run_experts(randn(0, 8), gate_up, down, weights[:0], chosen[:0]).shape == (0, 8)
+
+
 @runs_kernels
 @dtypes
 @pytest.mark.parametrize("num_tokens", [1, 2])
@@ -1167,7 +1285,9 @@ def test_resolve_and_embed_equals_its_twin(dtype: torch.dtype) -> None:
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 # The elementwise kernels need next to no shared memory: any one target shows that they compile.
 LAUNCHES = [(90, "elementwise")]
-LAUNCHES += [(sm, name) for sm in SHARED_BYTES for name in ("decode", "prefill", "linear")]
+LAUNCHES += [
+    (sm, name) for sm in SHARED_BYTES for name in ("decode", "prefill", "linear", "experts")
+]
 
 
 def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1180,6 +1300,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         gated_linear,
         gemv,
         hopper_attention,
+        moe,
         sampler,
         small_linear,
     )
@@ -1197,6 +1318,19 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
             attention.paged_decode(empty(4, 16, 128), cache, cache, tables, lens, 1.0, plan=plan)
         wide = empty(9, 16, 2, 256)
         attention.paged_decode(empty(4, 16, 256), wide, wide, tables, lens, 1.0)
+    elif name == "experts":
+        monkeypatch.setattr(moe, "has_tma", lambda _: capability >= 90)
+        monkeypatch.setattr(moe, "shared_memory", lambda _: shared_bytes)
+        gate_up, down = empty(128, 1536, 2048), empty(128, 2048, 768)
+        x = empty(4, 2048)
+        routed = moe.route(empty(4, 128), 8, True)
+        moe.few_tokens_experts(x, x[0], EPS, gate_up, down, *routed)
+        for num_tokens in (5, 500, 3000):
+            x = empty(num_tokens, 2048)
+            moe.grouped_experts(x, x, gate_up, down, empty(num_tokens, 128), 8, True)
+        full = (empty(*size, dtype=torch.float32) for size in ((4, 96, 64), (4, 64, 48)))
+        x, logits = empty(9, 64, dtype=torch.float32), empty(9, 4, dtype=torch.float32)
+        moe.grouped_experts(x, x, *full, logits, 2, True)
     elif name == "prefill":
         monkeypatch.setattr(attention, "has_tma", lambda _: capability >= 90)
         monkeypatch.setattr(attention, "shared_memory", lambda _: shared_bytes)

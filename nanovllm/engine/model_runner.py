@@ -23,6 +23,7 @@ from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.filters import Filters, kept_threshold
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.logprobs import token_logprobs
+from nanovllm.layers.moe import MoE
 from nanovllm.layers.products import first_sizes
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -244,10 +245,12 @@ class ModelRunner:
         inputs = StepInputs(num_seqs, self.blocks_per_seq, self.device)
         self._bind_kv_cache(1)
         layers = self.model.model.layers
-        # All launch the same, but for the last one (see Qwen3Model.forward).
-        self.model.model.layers = nn.ModuleList([layers[0], layers[-1]])
-        linears = [module for module in self.model.modules() if isinstance(module, Linear)]
-        sizes = set().union(*(first_sizes(linear.products) for linear in linears))
+        # Those with a like MLP launch the same, but for the last one (see Qwen3Model.forward).
+        kinds = {type(layer.mlp): layer for layer in layers[:-1]}
+        self.model.model.layers = nn.ModuleList([*kinds.values(), layers[-1]])
+        modules = self.model.modules()
+        tables = [module.products for module in modules if isinstance(module, (Linear, MoE))]
+        sizes: set[int] = set().union(*(first_sizes(table) for table in tables))
         # A decode has as many tokens as sequences: the linear layers are no others.
         limits = max(config.max_num_batched_tokens, num_seqs), num_seqs, max_model_len
         prefills = dry_prefills(sizes | backend.prefill_sizes(max_model_len), *limits)

@@ -4,17 +4,22 @@ A router gives each token a few of many small MLPs, and their outputs are added 
 is here is computed one expert after the other; for kernels see nanovllm.kernels.moe.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm import kernels
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear
 from nanovllm.model_config import ModelConfig
+
+# Up to how many tokens each reads the weights of its own experts, on a GPU. Measured on an H100.
+MOST_FEW = 4
 
 
 def route(logits: Tensor, num_chosen: int, renormalized: bool) -> tuple[Tensor, Tensor]:
@@ -48,7 +53,8 @@ def run_experts(
     Returns:
         [num_tokens, hidden_size] in x's dtype; added up in float32.
     """
-    out = torch.zeros_like(x, dtype=torch.float32)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    out = torch.zeros_like(x, dtype=exact)
     num_chosen = chosen.size(1)
     places = chosen.flatten().argsort(stable=True)  # of (token, choice), by expert
     counts = torch.bincount(chosen.flatten(), minlength=len(down)).tolist()
@@ -56,7 +62,7 @@ def run_experts(
         if len(those):
             tokens = those // num_chosen
             y = F.linear(silu_and_mul(F.linear(x[tokens], gate_up[expert])), down[expert])
-            out.index_add_(0, tokens, y.float() * weights.flatten()[those, None])
+            out.index_add_(0, tokens, y.to(exact) * weights.flatten()[those, None])
     return out.to(x.dtype)
 
 
@@ -93,9 +99,34 @@ class MoE(nn.Module):
         self.renormalized = config.experts.renormalized
         self.gate = Linear(config.hidden_size, config.experts.num_experts, **options)
         self.experts = ExpertWeights(config, **options)
+        # By the most tokens that each is for, as nanovllm.layers.products has it.
+        self.products: dict[float, Callable[[Tensor, RMSNorm], Tensor]] = {math.inf: self._plain}
+        if kernels.usable(self.experts.down.device):
+            from nanovllm.kernels.moe import token_tile_borders
+
+            borders = token_tile_borders(config.experts.num_experts, self.num_chosen)
+            self.products = {MOST_FEW: self._few_tokens}
+            self.products |= dict.fromkeys((*borders, math.inf), self._grouped)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x [num_tokens, hidden_size], overwritten, -> x + experts of norm(x)."""
+        return next(run for most, run in self.products.items() if len(x) <= most)(x, norm)
+
+    def _plain(self, x: Tensor, norm: RMSNorm) -> Tensor:
         y = norm(x)
         weights, chosen = route(self.gate(y), self.num_chosen, self.renormalized)
         return x.add_(run_experts(y, self.experts.gate_up, self.experts.down, weights, chosen))
+
+    def _few_tokens(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """Four launches: the router, its choice, gate and up, down."""
+        from nanovllm.kernels import moe
+
+        routed = moe.route(self.gate(x, norm=norm), self.num_chosen, self.renormalized)
+        weights = self.experts.gate_up, self.experts.down
+        return moe.few_tokens_experts(x, norm.weight, norm.eps, *weights, *routed)
+
+    def _grouped(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        from nanovllm.kernels.moe import grouped_experts
+
+        y, weights = norm(x), (self.experts.gate_up, self.experts.down)
+        return grouped_experts(y, x, *weights, self.gate(y), self.num_chosen, self.renormalized)

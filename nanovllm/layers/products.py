@@ -5,7 +5,7 @@ many launches that makes. `product_table` is the one place that tells which of t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -44,8 +44,8 @@ Product = Callable[[LinearInputs], Tensor]
 ProductTable = dict[float, Product]
 
 
-def first_sizes(products: ProductTable) -> set[int]:
-    """The fewest tokens that each entry of a table is for."""
+def first_sizes(products: Mapping[float, object]) -> set[int]:
+    """The fewest tokens that each entry of a table by the most tokens is for."""
     return {1, *(int(most) + 1 for most in products if most < math.inf)}
 
 
