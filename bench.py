@@ -10,7 +10,7 @@ import logging
 import math
 import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import chain
@@ -20,10 +20,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import Batch
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.moe import MoE, route
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.device import resolve_device, resolve_dtype
 from nanovllm.utils.loader import read_model_config, resolve_model_dir
@@ -141,9 +143,15 @@ class Floor:
     A decode step must read the weights once and the K/V of its sequences, blocks that several of
     them share once. A prefill step must do the arithmetic of its tokens, or read the weights,
     whichever takes longer. Tokens that nothing is sampled from need only K and V of the last layer.
+
+    Of a layer's experts those are read that some token chooses: as many as are to be expected, by
+    how often each is chosen.
+
+    Args:
+        expert_shares: from expert_shares.
     """
 
-    def __init__(self, llm: LLM, machine: Machine) -> None:
+    def __init__(self, llm: LLM, machine: Machine, expert_shares: Sequence[Tensor] = ()) -> None:
         assert llm.model_runner is not None
         self.machine = machine
         self.model_config: ModelConfig = llm.config.model_config
@@ -151,13 +159,19 @@ class Floor:
         model, kv_cache = llm.model_runner.model, llm.model_runner.kv_cache
         embedding = model.model.embed_tokens.weight
         # Of an input embedding whose memory is not the output head's too, only rows are read.
-        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.weight_bytes = sum(p.nbytes for p in model.parameters() if p.dim() < 3)
         if model.lm_head.weight is not embedding:
             self.weight_bytes -= embedding.nbytes
         self.token_bytes = kv_cache[:, :, 0, 0].nbytes
-        weights = [p.numel() for p in model.model.layers.parameters() if p.dim() > 1]
+        config, layers = self.model_config, model.model.layers
+        weights = [p.numel() for p in layers.parameters() if p.dim() == 2]
+        self.expert_shares = expert_shares
+        self.expert_bytes = 0
+        if config.experts is not None:
+            experts = [p for p in layers.parameters() if p.dim() == 3]  # of one: p[0]
+            weights += [config.experts.num_chosen * p[0].numel() for p in experts]
+            self.expert_bytes = sum(p[0].nbytes for p in experts) // len(expert_shares)
         self.flops_per_token = 2 * sum(weights)
-        config = self.model_config
         kv_weights = 2 * config.num_kv_heads * config.head_dim * config.hidden_size
         # Beyond K and V in the last layer.
         self.flops_per_last = 2 * (sum(weights) // config.num_layers - kv_weights)
@@ -176,7 +190,7 @@ class Floor:
         """Add a step, right after it was scheduled."""
         if batch is None:
             return
-        weight_bytes = self.weight_bytes
+        weight_bytes = self.weight_bytes + self._touched_experts(batch) * self.expert_bytes
         if not any(item.samples for item in batch.items):
             weight_bytes -= self.last_bytes
         weights_s = weight_bytes / self.machine.read_bytes_per_s
@@ -189,6 +203,11 @@ class Floor:
             self.weights_s += weights_s
             kv_bytes = self.token_bytes * self._distinct_tokens(batch)
             self.kv_s += kv_bytes / self.machine.read_bytes_per_s
+
+    def _touched_experts(self, batch: Batch) -> float:
+        """Experts of all layers that some token of a step chooses, as their expectation."""
+        num_tokens = batch.num_tokens
+        return sum(float((1 - (1 - shares) ** num_tokens).sum()) for shares in self.expert_shares)
 
     def _linear_flops(self, batch: Batch) -> int:
         """Arithmetic of a prefill step's linear layers, were the last layer computed in full."""
@@ -233,6 +252,33 @@ class Floor:
         )
 
 
+def expert_shares(llm: LLM, rng: random.Random) -> list[Tensor]:
+    """Of what share of some random tokens each expert is chosen: [num_experts] a layer with any."""
+    assert llm.model_runner is not None
+    found: list[Tensor] = []
+
+    def count(layer: MoE, logits: Tensor) -> None:
+        _, chosen = route(logits, layer.num_chosen, layer.renormalized)
+        counts = chosen.flatten().bincount(minlength=logits.size(1))
+        found.append(counts.double().cpu() / len(logits))
+
+    layers = [module for module in llm.model_runner.model.modules() if isinstance(module, MoE)]
+    if not layers:
+        return []
+    handles = [
+        # The last layer computes the last token alone: it is taken to be like the one before.
+        layer.gate.register_forward_hook(lambda _, __, logits, layer=layer: count(layer, logits))
+        for layer in layers[:-1] or layers
+    ]
+    length = min(2048, llm.config.max_model_len - 1)
+    prompt = [rng.randrange(llm.config.model_config.vocab_size) for _ in range(length)]
+    llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False)
+    for handle in handles:
+        handle.remove()
+    shares = found[: len(handles)]
+    return shares + shares[-1:] * (len(layers) - len(shares))
+
+
 # What has just been done when an engine's observers are told of an event.
 PHASES = {
     "scheduled": "schedule",
@@ -264,6 +310,7 @@ def watch(llm: LLM) -> tuple[Timer, Timer]:
         "Linear": "linear layers",
         "MergedLinear": "linear layers",
         "GatedLinear": "linear layers and activation",
+        "MoE": "experts",
         "RMSNorm": "norms, counted there too",
         "LMHead": "output head",
         "Embedding": "embedding",
@@ -314,7 +361,11 @@ def print_profile(title: str, timer: Timer) -> None:
 
 
 def run_once(
-    llm: LLM, machine: Machine, args: argparse.Namespace, rng: random.Random
+    llm: LLM,
+    machine: Machine,
+    args: argparse.Namespace,
+    rng: random.Random,
+    shares: list[Tensor],
 ) -> dict[str, Any]:
     """Generate from new random prompts, print the figures and give them back."""
     vocab_size = llm.config.model_config.vocab_size
@@ -335,7 +386,7 @@ def run_once(
         )
         for _ in range(args.num_seqs)
     ]
-    floor = Floor(llm, machine)
+    floor = Floor(llm, machine, shares)
     llm.observers.append(floor.observe)
     started = perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=args.device == "cpu")
@@ -422,16 +473,23 @@ def main() -> None:
     )
     rng = random.Random(args.seed)
     llm.generate([[0] * args.min_input_len], SamplingParams(ignore_eos=True), use_tqdm=False)
+    shares = expert_shares(llm, random.Random(args.seed))
+    if shares:
+        sizes = [float((1 - (1 - share) ** args.num_seqs).sum()) for share in shares]
+        print(
+            f"Experts: {sum(sizes) / len(sizes):.1f} of {len(shares[0])} a layer are expected in a "
+            f"step of {args.num_seqs} tokens, by how often each was chosen"
+        )
     for _ in range(args.repeat):
-        figures = run_once(llm, machine, args, rng)
+        figures = run_once(llm, machine, args, rng, shares)
         if args.json is not None:
             with args.json.open("a") as file:
                 print(json.dumps(description(llm, args) | figures), file=file)
     timers = watch(llm) if args.profile else ()
     if args.profile and device.type == "cuda":
-        print_kernels(lambda: run_once(llm, machine, args, rng))
+        print_kernels(lambda: run_once(llm, machine, args, rng, shares))
     elif args.profile:
-        run_once(llm, machine, args, rng)
+        run_once(llm, machine, args, rng, shares)
     for title, timer in zip(("Phases (wall clock)", "Model (device)"), timers, strict=False):
         print_profile(title, timer)
     llm.exit()

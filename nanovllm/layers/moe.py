@@ -19,7 +19,7 @@ from nanovllm.layers.linear import Linear
 from nanovllm.model_config import ModelConfig
 
 # Up to how many tokens each reads the weights of its own experts, on a GPU. Measured on an H100.
-MOST_FEW = 4
+MOST_FEW = 1
 
 
 def route(logits: Tensor, num_chosen: int, renormalized: bool) -> tuple[Tensor, Tensor]:
