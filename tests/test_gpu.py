@@ -178,7 +178,7 @@ relatives = pytest.mark.parametrize(
 def test_other_models_equal_transformers(
     spec: ModelSpec, dtype: torch.dtype, checkpoint: CheckpointFactory, tally: Tally
 ) -> None:
-    """With graphs, and chunk by chunk; of experts, rounding alone may choose others now and then."""
+    """With graphs, and in chunks. Rounding alone may choose other experts now and then."""
     model = checkpoint(spec)
     reference = GpuReference(dtype, model)
     lengths = [1, 2, 16, 17, 60, 255, 256, 257, 400, 700, *range(20, 34)]
