@@ -205,9 +205,12 @@ class Floor:
             self.kv_s += kv_bytes / self.machine.read_bytes_per_s
 
     def _touched_experts(self, batch: Batch) -> float:
-        """Experts of all layers that some token of a step chooses, as their expectation."""
-        num_tokens = batch.num_tokens
-        return sum(float((1 - (1 - shares) ** num_tokens).sum()) for shares in self.expert_shares)
+        """Experts of all layers that a step's tokens choose, as their expectation.
+
+        Of a prefill, as though each sequence had one token: the least that there can be.
+        """
+        num_seqs = len(batch.items)
+        return sum(float((1 - (1 - shares) ** num_seqs).sum()) for shares in self.expert_shares)
 
     def _linear_flops(self, batch: Batch) -> int:
         """Arithmetic of a prefill step's linear layers, were the last layer computed in full."""
@@ -253,30 +256,38 @@ class Floor:
 
 
 def expert_shares(llm: LLM, rng: random.Random) -> list[Tensor]:
-    """Of what share of some random tokens each expert is chosen: [num_experts] a layer with any."""
+    """What share of random prompts' last tokens choose each expert: [num_experts] a layer with any.
+
+    Tokens of one sequence choose much the same experts in a model of random weights, those of
+    different ones do not: and a decode step has tokens of different ones.
+    """
     assert llm.model_runner is not None
-    found: list[Tensor] = []
-
-    def count(layer: MoE, logits: Tensor) -> None:
-        _, chosen = route(logits, layer.num_chosen, layer.renormalized)
-        counts = chosen.flatten().bincount(minlength=logits.size(1))
-        found.append(counts.double().cpu() / len(logits))
-
-    layers = [module for module in llm.model_runner.model.modules() if isinstance(module, MoE)]
+    decoder, config = llm.model_runner.model.model, llm.config
+    layers = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, MoE)]
     if not layers:
         return []
+    num_seqs = min(256, config.max_num_seqs, config.max_num_batched_tokens // 8)
+    length = min(64, config.max_num_batched_tokens // num_seqs, config.max_model_len - 1)
+    counts = [torch.zeros(layer.gate.weight.size(0)) for layer in layers]
+
+    def count(index: int, logits: Tensor) -> None:
+        layer = layers[index]
+        # The model's last layer is given these tokens alone.
+        is_last = layer is decoder.layers[-1].mlp
+        logits = logits if is_last else logits[length - 1 :: length]
+        _, chosen = route(logits, layer.num_chosen, layer.renormalized)
+        counts[index] += chosen.flatten().cpu().bincount(minlength=logits.size(1))
+
     handles = [
-        # The last layer computes the last token alone: it is taken to be like the one before.
-        layer.gate.register_forward_hook(lambda _, __, logits, layer=layer: count(layer, logits))
-        for layer in layers[:-1] or layers
+        layer.gate.register_forward_hook(lambda _, __, out, index=index: count(index, out))
+        for index, layer in enumerate(layers)
     ]
-    length = min(2048, llm.config.max_model_len - 1)
-    prompt = [rng.randrange(llm.config.model_config.vocab_size) for _ in range(length)]
-    llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False)
+    vocab_size = config.model_config.vocab_size
+    prompts = [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(num_seqs)]
+    llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
     for handle in handles:
         handle.remove()
-    shares = found[: len(handles)]
-    return shares + shares[-1:] * (len(layers) - len(shares))
+    return [found / num_seqs for found in counts]
 
 
 # What has just been done when an engine's observers are told of an event.

@@ -1,6 +1,7 @@
 """bench.py runs, and its floor counts what a run must read and compute."""
 
 import json
+import random
 import re
 import runpy
 import sys
@@ -12,6 +13,7 @@ import torch
 from conftest import CheckpointFactory, ModelSpec, random_prompts, watched
 
 from nanovllm import SamplingParams
+from nanovllm.layers.moe import MoE, route
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -47,6 +49,43 @@ def test_bench_prints_throughput_and_share_of_the_floor(
     assert re.findall(r"num_generated_tokens (\d+)", printed) == ["76", "108", "140"]
     assert len(re.findall(r"Stats so far: num_waiting 0, .*prefix_hit_rate 0\.\d+, ", printed)) == 3
     assert re.search(r"linear layers +[\d.]+s +\d+ calls", printed)
+
+
+def test_the_floor_counts_the_experts_that_are_read(checkpoint: CheckpointFactory) -> None:
+    """As their expectation: over some steps that is what there is."""
+    more = (("num_experts", 12), ("num_experts_per_tok", 3), ("moe_intermediate_size", 24))
+    spec = ModelSpec("Qwen3Moe", num_layers=3, more=(*more, ("mlp_only_layers", (1,))))
+    bytes_a_layer: list[int] = []
+    with watched(checkpoint(spec)) as (llm, _):
+        shares = bench.expert_shares(llm, random.Random(0))
+        assert [round(float(share.sum()), 6) for share in shares] == [3.0, 3.0]
+        assert llm.model_runner is not None
+        layers = [llm.model_runner.model.model.layers[index].mlp for index in (0, 2)]
+
+        def count(layer: MoE, logits: torch.Tensor) -> None:
+            _, chosen = route(logits, layer.num_chosen, layer.renormalized)
+            num_bytes = layer.experts.gate_up[0].nbytes + layer.experts.down[0].nbytes
+            bytes_a_layer.append(len(chosen.unique()) * num_bytes)
+
+        for layer in layers:
+            layer.gate.register_forward_hook(lambda _, __, out, layer=layer: count(layer, out))
+        for prompt in random_prompts([9] * 5, spec.vocab_size):
+            llm.add_request(prompt, SamplingParams(max_tokens=40, ignore_eos=True))
+        llm.step()
+        bytes_a_layer.clear()
+        floor = bench.Floor(llm, MACHINE, shares)
+        llm.observers.append(floor.observe)
+        while not llm.is_finished():
+            llm.step()
+        rest = floor.num_decode_steps * floor.weight_bytes / MACHINE.read_bytes_per_s
+        expected = floor.weights_s - rest
+        assert sum(bytes_a_layer) / MACHINE.read_bytes_per_s == pytest.approx(expected, rel=0.1)
+        config = llm.config.model_config
+        dense = 2 * config.hidden_size * config.num_heads * config.head_dim
+        dense += 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+        sparse = config.hidden_size * (12 + 3 * 3 * 24)
+        mlp = 3 * config.hidden_size * config.intermediate_size
+        assert floor.flops_per_token == 2 * (3 * dense + 2 * sparse + mlp)
 
 
 @pytest.mark.parametrize("tied", [True, False])

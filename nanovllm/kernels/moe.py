@@ -219,13 +219,13 @@ def few_tokens_experts(
     launch(
         _few_gate_up_kernel, (triton.cdiv(size, rows), num_tokens * num_chosen), x,
         x, norm_weight, gate_up, chosen, y, eps, CHOSEN=num_chosen, N=size, K=hidden_size,
-        ROWS=rows, BLOCK_K=block, TILES=triton.cdiv(hidden_size, block), num_warps=4,
+        ROWS=rows, BLOCK_K=block, TILES=triton.cdiv(hidden_size, block), num_warps=8,
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(size))
     launch(
         _few_down_kernel, (triton.cdiv(hidden_size, 2), num_tokens), x,
         y, x, down, weights, chosen, out, CHOSEN=num_chosen, N=hidden_size, K=size, ROWS=2,
-        BLOCK_K=block, TILES=triton.cdiv(size, block), num_warps=4,
+        BLOCK_K=block, TILES=triton.cdiv(size, block), num_warps=2,
     )  # fmt: skip
     return out
 
