@@ -9,7 +9,7 @@ import transformers
 from conftest import TINY, Tally
 
 from nanovllm import SamplingParams
-from nanovllm.engine.detokenizer import MAX_WINDOW, Detokenizer
+from nanovllm.engine.detokenizer import MAX_WINDOW, REPLACEMENT, Detokenizer
 from nanovllm.engine.tokenizer import find_hidden_ids
 
 PROMPT = [5, 6, 7]
@@ -217,9 +217,9 @@ class Counting:
         self.num_decoded: list[int] = []
         self.all_special_ids = tokenizer.all_special_ids
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], **options: bool) -> str:
         self.num_decoded.append(len(ids))
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        text: str = self.tokenizer.decode(ids, **options)
         return text
 
 
@@ -250,6 +250,58 @@ def sentence_piece() -> Any:
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="!"))
     tokenizer.decoder = decoders.Metaspace()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def byte_fallback() -> Any:
+    """As Llama 2's: words with the space before them, bytes for what is none, a BOS."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["▁", *"abcdefghijklmnopqrstuvwxyz.,!?'<>|_", "é", "你"]
+    vocab = {word: i for i, word in enumerate(words)}
+    model = models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_rows_of_bytes_come_as_whole_characters(seed: int, byte_fallback: Any) -> None:
+    """Emoji after emoji: there a row's end, unfinished, makes its beginning unreadable."""
+    rng = random.Random(seed)
+    text = "".join(rng.choice([*ALPHABET, "😀🚀", "世界"]) for _ in range(rng.randint(1, 60)))
+    text = text.replace(REPLACEMENT, "")
+    ids = byte_fallback.encode(text)
+    assert ids[0] == byte_fallback.bos_token_id
+    pieces, _ = stream(start(byte_fallback), ids, rng if seed % 2 else None)
+    assert "".join(pieces) == text
+    assert not any(REPLACEMENT in piece for piece in pieces)
+
+
+def test_bytes_that_never_become_a_character_are_given_at_last(byte_fallback: Any) -> None:
+    """And what follows them is right."""
+    first = byte_fallback.encode("a🚀", add_special_tokens=False)
+    lone = first[-4:-2]
+    rest = byte_fallback.encode("bc d", add_special_tokens=False)[1:]
+    pieces, _ = stream(start(byte_fallback), [*first, *lone, *rest])
+    assert "".join(pieces).startswith("a🚀")
+    assert "".join(pieces).endswith(f"{REPLACEMENT}bc d")
+    pieces, _ = stream(start(byte_fallback), [*first, *lone])
+    assert "".join(pieces) == f"a🚀{REPLACEMENT * 5}"
 
 
 def word_piece() -> Any:

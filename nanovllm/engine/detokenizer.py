@@ -17,13 +17,13 @@ MAX_WINDOW = 30
 class _State(NamedTuple):
     """What is known after `num_tokens` tokens of the completion; replaced as a whole.
 
-    `window` holds the last of their ids, and decodes to `num_done` characters that are already in
-    `text` (but for wrong ones where it begins within a character), and then those held back.
+    `window` holds the last of their ids, and decodes to `done`, which is already in `text` (but for
+    wrong characters where it begins within one), and then to what is held back.
     """
 
     num_tokens: int
     window: list[int]
-    num_done: int
+    done: str
     text: str
     stop: str | None
     is_final: bool
@@ -35,9 +35,10 @@ class Detokenizer:
     A character that is not complete yet is held back until it is, or until the request has ended.
     The text of a request that has ended is that of `tokenizer.decode(completion ids)`, cut before
     the stop text. That holds for decoders where a token changes no text but an unfinished character
-    before it, as Qwen's. Each token is decoded with a few before it, since its text may depend on
-    them (the space before a word, the bytes of a character): the cost of a token does not depend
-    on how many have come.
+    before it, as Qwen's; and for those like Llama 2's, which make of a row of bytes nothing as long
+    as its end is unfinished, if the row is finished at last. Each token is decoded with a few
+    before it, since its text may depend on them (the space before a word, the bytes of a
+    character): the cost of a token does not depend on how many have come.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -59,7 +60,7 @@ class Detokenizer:
         self.num_prompt_tokens = num_prompt_tokens
         self.hidden_ids = hidden_ids if params.skip_special_tokens else frozenset()
         self._max_stop_length = max(map(len, self.stops), default=0)
-        self._state = _State(0, [], 0, "", None, False)
+        self._state = _State(0, [], "", "", None, False)
 
     @property
     def text(self) -> str:
@@ -90,31 +91,41 @@ class Detokenizer:
         """
         state = self._state
         new_ids = token_ids[self.num_prompt_tokens + state.num_tokens :]
-        if state.stop is None and (new_ids or is_final):
-            self._state = self._advance(state, new_ids, is_final)
-        return self._state.stop
+        if is_final and not new_ids and state.stop is None:
+            state = self._advance(state, [], True)
+        for index in range(len(new_ids)):  # one by one, as though they had come so
+            if state.stop is None:
+                is_last = index == len(new_ids) - 1
+                state = self._advance(state, new_ids[index : index + 1], is_final and is_last)
+        self._state = state
+        return state.stop
 
     def _advance(self, state: _State, new_ids: list[int], is_final: bool) -> _State:
         window = state.window + [i for i in new_ids if i not in self.hidden_ids]
         decoded = self._decode(window)
-        num_held = 0 if is_final else _num_partial(decoded)
-        num_done = max(state.num_done, len(decoded) - num_held)
-        text = state.text + decoded[state.num_done : num_done]
+        num_settled = len(state.done)
+        num_done = max(num_settled, len(decoded) - (0 if is_final else _num_partial(decoded)))
+        # A row of bytes whose beginning was readable may become so again.
+        is_unfinished = decoded.endswith(REPLACEMENT) and not decoded.startswith(state.done)
+        if is_unfinished and not is_final:
+            num_done = num_settled
+        text = state.text + decoded[num_settled:num_done]
         # A stop text that has just become complete ends in the new text.
         stop, end = self._find_stop(text, max(0, len(state.text) - self._max_stop_length + 1))
-        if len(window) >= MAX_WINDOW:
-            window, num_done = self._shorten(window, decoded, num_done)
+        done = decoded[:num_done] if num_done > num_settled else state.done
+        if len(window) >= MAX_WINDOW and not is_unfinished:
+            window, done = self._shorten(window, decoded, done)
         num_tokens = state.num_tokens + len(new_ids)
-        return _State(num_tokens, window, num_done, text[:end], stop, is_final)
+        return _State(num_tokens, window, done, text[:end], stop, is_final)
 
-    def _shorten(self, window: list[int], decoded: str, num_done: int) -> tuple[list[int], int]:
-        """The last ids of a window and `num_done` for them, if their text shows where it begins."""
+    def _shorten(self, window: list[int], decoded: str, done: str) -> tuple[list[int], str]:
+        """The last ids of a window and `done` for them, if their text shows where it begins."""
         ids = window[-MIN_WINDOW:]
         tail = self._decode(ids)
         num_wrong = _num_wrong(tail)
         if len(tail) > num_wrong + _num_partial(tail) and decoded.endswith(tail[num_wrong:]):
-            return ids, len(tail) - (len(decoded) - num_done)
-        return window, num_done
+            return ids, tail[: max(0, len(tail) - (len(decoded) - len(done)))]
+        return window, done
 
     def _find_stop(self, text: str, start: int) -> tuple[str | None, int]:
         """The stop text that is complete first from `start` on, and where it begins.
@@ -129,7 +140,11 @@ class Detokenizer:
         return stop, at
 
     def _decode(self, token_ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
+        text: str = self.tokenizer.decode(
+            token_ids,
+            skip_special_tokens=self.skip_special_tokens,
+            clean_up_tokenization_spaces=False,  # it would take back the space before a full stop
+        )
         return text
 
 
