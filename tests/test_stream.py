@@ -13,7 +13,6 @@ from conftest import ask, is_idle
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.scheduler import Scheduler
 
 
@@ -303,7 +302,7 @@ def recover_in_between(llm: LLM) -> None:
         raise OSError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Detokenizer, "update", broken)
+        patch.setattr(Scheduler, "_has_ended", broken)
         with contextlib.suppress(OSError):
             llm.step()
 

@@ -73,6 +73,76 @@ def generated(llm: LLM, prompt: list[int], max_tokens: int = MAX_TOKENS) -> list
     return completions(llm, [prompt], max_tokens)[0]
 
 
+class Choosy:
+    """A tokenizer that fails for some ids."""
+
+    all_special_ids: tuple[int, ...] = ()
+
+    def __init__(self, bad_ids: set[int]) -> None:
+        self.bad_ids = bad_ids
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        if self.bad_ids & set(token_ids):
+            raise OverflowError("no such id")
+        return "x" * len(token_ids)
+
+
+def test_a_tokenizer_that_fails_ends_its_own_request_alone(llm: LLM) -> None:
+    """Whoever made the step: and each time, so that nothing can be tried again."""
+    prompts = prompts_for(8)
+    expected = completions(llm, prompts, MAX_TOKENS)
+    bad_ids = set().union(*expected[::2]) - set().union(*expected[1::2])
+    assert all(bad_ids & set(ids) for ids in expected[::2])
+    llm.tokenizer = Choosy(bad_ids)
+    stopping = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, stop="y")
+
+    def work(index: int) -> list[int]:
+        if index % 4 < 2:
+            return llm.generate([prompts[index]], stopping, use_tqdm=False)[0]["token_ids"]
+        return [i for piece in llm.stream(prompts[index], stopping) for i in piece["token_ids"]]
+
+    def outcome(index: int) -> object:
+        try:
+            return work(index)
+        except OverflowError as error:
+            return str(error)
+
+    for _ in range(3):
+        found = in_threads(8, outcome)
+        assert found[::2] == ["no such id"] * 4
+        assert found[1::2] == expected[1::2]
+        assert is_idle(llm)
+    ids = [llm.add_request(prompt, stopping) for prompt in prompts[:4]]
+    finished, num_errors = {}, 0
+    while not llm.is_finished():
+        try:
+            finished |= dict(llm.step()[0])
+        except OverflowError:
+            num_errors += 1
+    assert num_errors == 2
+    assert finished == {ids[1]: expected[1], ids[3]: expected[3]}
+
+
+def test_a_device_that_fails_for_good_says_so_each_time(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an illegal access on a GPU, where synchronising fails too."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    llm = LLM(str(tiny_model), device="cpu", max_model_len=96)
+    for name in ("launch", "synchronize"):
+        monkeypatch.setattr(ModelRunner, name, fail)
+    for _ in range(2):
+        for work in (generated, streamed):
+            with pytest.raises(RuntimeError, match="the device is lost"):
+                work(llm, [1, 2, 3])
+    monkeypatch.undo()
+    assert generated(llm, [1, 2, 3]) == streamed(llm, [1, 2, 3])
+    llm.exit()
+
+
 @pytest.mark.parametrize("use", [generated, streamed])
 def test_what_threads_get_is_what_a_lone_request_gets(
     llm: LLM, use: Callable[[LLM, list[int]], list[int]]

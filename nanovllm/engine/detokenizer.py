@@ -140,11 +140,7 @@ class Detokenizer:
         return stop, at
 
     def _decode(self, token_ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(
-            token_ids,
-            skip_special_tokens=self.skip_special_tokens,
-            clean_up_tokenization_spaces=False,  # it would take back the space before a full stop
-        )
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
         return text
 
 

@@ -171,6 +171,10 @@ class LLMEngine:
             tokens of the step that was read: positive for a prefill, negative for a decode. 0 if
             none was: there was nothing to do, or, where steps overlap, the first is only under way.
             Loop on `is_finished`, not on this.
+
+        Raises:
+            RuntimeError: the engine was shut down.
+            Exception: the tokenizer's, of a request whose stop texts were looked for: it is gone.
         """
         finished: list[Sequence] = []
         num_tokens = 0
@@ -182,6 +186,10 @@ class LLMEngine:
 
         try:
             self._take_turn(step)
+            for index, seq in enumerate(finished):
+                if seq.error is not None:
+                    del finished[index]
+                    seq.raise_error()
             outputs = [(seq.seq_id, seq.completion_token_ids) for seq in finished]
         except BaseException:
             self._finished = finished + self._finished  # so that an interruption loses no result

@@ -33,7 +33,8 @@ class Piece(TypedDict):
 
 
 def result(seq: Sequence, tokenizer: Any | None) -> Result:
-    """What `LLMEngine.generate` gives for a sequence that has ended."""
+    """What `LLMEngine.generate` gives for a sequence that has ended; or its error is raised."""
+    seq.raise_error()
     whole: Result = {
         "text": _text(seq, tokenizer),
         "token_ids": seq.completion_token_ids,
@@ -84,7 +85,11 @@ class StreamedSequence:
         )
 
     def take_news(self) -> Piece:
-        """The new tokens, text and log-probabilities, and how the request ended if it has."""
+        """The new tokens, text and log-probabilities, and how the request ended if it has.
+
+        Raises what the tokenizer raised, if that ended it.
+        """
+        self.seq.raise_error()
         seq, news, given = self.seq, self.seq.news, self._given
         new, start = slice(given.num_tokens, news.num_tokens), seq.num_prompt_tokens
         detokenizer = seq.detokenizer

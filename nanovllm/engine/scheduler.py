@@ -235,7 +235,10 @@ class Scheduler:
         seq.is_ended_by_id = finish_reason == "stop"
         if seq.detokenizer is not None:
             is_final = finish_reason is not None
-            stop_text = seq.detokenizer.update(seq.text_token_ids, is_final)
+            try:
+                stop_text = seq.detokenizer.update(seq.text_token_ids, is_final)
+            except Exception as error:  # for whom the request is to hear of, not for who steps
+                stop_text, seq.error, finish_reason = None, error, "stop"
             if stop_text is not None:
                 finish_reason, stop_reason = "stop", stop_text
         seq.stop_reason, seq.finish_reason = stop_reason, finish_reason

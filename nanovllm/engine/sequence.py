@@ -70,6 +70,7 @@ class Sequence:
         self.is_ended_by_id = False  # by a stop id, the model's or one of `params`
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         self.detokenizer: Detokenizer | None = None  # only where text is needed as tokens come
+        self.error: Exception | None = None  # the tokenizer's, which ended it
         self.is_awaited = False  # `generate` or a stream gives it out, not `step`
         self.is_streamed = False  # its tokens are given out one by one
         self.news = News()  # of a streamed one
@@ -122,6 +123,11 @@ class Sequence:
             # Before the id: if Ctrl-C comes between the two, Scheduler.start_over drops the excess.
             self.logprobs.append(logprobs)
         self.token_ids.append(token_id)
+
+    def raise_error(self) -> None:
+        """Raise what the tokenizer raised when text was needed, if it did."""
+        if self.error is not None:
+            raise self.error
 
     def publish(self) -> None:
         """Let a stream give out what is known now."""

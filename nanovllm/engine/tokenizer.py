@@ -1,5 +1,6 @@
 """The model's tokenizer, and which ids end a request or have no text."""
 
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -18,14 +19,15 @@ def load_tokenizer(config: Config) -> Any | None:
     names = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
     if not any((config.model_dir / name).is_file() for name in names):
         return None
-    is_fast = (config.model_dir / "tokenizer.json").is_file()
     with _importing:
         import transformers  # slow, and AutoTokenizer, which pulls in every model, is slower still
 
-        name = "PreTrainedTokenizerFast" if is_fast else "AutoTokenizer"
+        name = "PreTrainedTokenizerFast" if _is_plain(config.model_dir) else "AutoTokenizer"
         tokenizer_class = getattr(transformers, name)
     try:
         tokenizer = tokenizer_class.from_pretrained(config.model_dir)
+        # It would take back the space before a full stop, which a stream has given already.
+        tokenizer.clean_up_tokenization_spaces = False
         # What it says of long prompts ("indexing errors") is untrue here: max_model_len counts.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = (
             True
@@ -36,6 +38,15 @@ def load_tokenizer(config: Config) -> Any | None:
             if path.is_file() and is_lfs_pointer(path):
                 raise ValueError(f"{path} {LFS_ADVICE}") from None
         raise ValueError(f"{config.model_dir}: the tokenizer cannot be loaded: {error}") from error
+
+
+def _is_plain(model_dir: Path) -> bool:
+    """True if tokenizer.json says all; other classes (Llama's) put a BOS before a text as well."""
+    config = model_dir / "tokenizer_config.json"
+    if not ((model_dir / "tokenizer.json").is_file() and config.is_file()):
+        return False
+    plain = {"Qwen2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend"}
+    return str(read_json(config).get("tokenizer_class")).removesuffix("Fast") in plain
 
 
 def find_stop_ids(config: Config, tokenizer: Any | None) -> frozenset[int]:

@@ -71,6 +71,7 @@ class Turns:
         work: Callable[[], object],
         has_news: Callable[[], bool] = never,
         while_waiting: Callable[[], None] = lambda: None,
+        retries: int = 2,
     ) -> None:
         """Do some work when it is the caller's turn, unless there is news for it before.
 
@@ -78,6 +79,7 @@ class Turns:
             work: makes its changes by `change`.
             has_news: true once the caller need wait no longer. Other threads ask it.
             while_waiting: called several times a second.
+            retries: how often notes that are left are tried again; then they are the next one's.
         """
         assert not self.is_inside()
         place = _Place(has_news)
@@ -93,8 +95,9 @@ class Turns:
             except ValueError:
                 pass
             self._wake(0)
-            if self._notes and not self._line:  # left after this thread had looked, or it failed
-                self.take(lambda: None)
+            # Left after this thread had looked; or it failed, as the next try may.
+            if retries and self._notes and not self._line:
+                self.take(lambda: None, retries=retries - 1)
 
     def change(self, change: Callable[[], T]) -> T:
         """Make a change in one's turn: what was broken is repaired, and notes are carried out."""
