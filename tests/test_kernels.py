@@ -801,6 +801,56 @@ def test_experts_equal_their_twin(
         assert close(out, x.double() + exact)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_experts_of_any_number_of_tokens() -> None:
+    """1 to 300, on memory that holds NaN."""
+    from nanovllm.kernels import moe
+
+    shape = MoeShape(32, 4, 256, 96)
+    gate_up, down = expert_weights(shape, torch.bfloat16)
+    exact_weights = gate_up.double(), down.double()
+    for num_tokens in range(1, 301):
+        x, residual = (randn(num_tokens, 256, dtype=torch.bfloat16) for _ in range(2))
+        logits = randn(num_tokens, 32, dtype=torch.bfloat16)
+        weights, chosen = twin_route(logits, 4, True)
+        exact = run_experts(x.double(), *exact_weights, weights.double(), chosen)
+        garbage = torch.full((1 << 20,), math.nan, device=DEVICE, dtype=torch.bfloat16)
+        del garbage  # what is allocated next lies there
+        out = moe.grouped_experts(x, residual, gate_up, down, logits, 4, True)
+        assert close(out, residual.double() + exact), num_tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("num_tokens", [1, 3, 70, 5000])
+def test_experts_past_32_bits(num_tokens: int) -> None:
+    """More than 2^31 elements of weights, the last experts chosen; and so many of outputs."""
+    from nanovllm.kernels import moe
+
+    num_experts, hidden_size, size = 720, 2048, 768
+    options = {"device": DEVICE, "dtype": torch.bfloat16}
+    gate_up = torch.full((num_experts, 2 * size, hidden_size), math.nan, **options)
+    down = torch.full((num_experts, hidden_size, size), math.nan, **options)
+    assert gate_up.numel() > 2**31
+    shape = MoeShape(4, 2, hidden_size, size)
+    gate_up[-4:], down[-4:] = expert_weights(shape, torch.bfloat16)
+    logits = torch.full((num_tokens, num_experts), -30.0, **options)
+    logits[:, -4:] = randn(num_tokens, 4, dtype=torch.bfloat16)
+    x, residual = (randn(num_tokens, hidden_size, dtype=torch.bfloat16) for _ in range(2))
+    weights, chosen = twin_route(logits[:, -4:], 2, True)
+    last = gate_up[-4:].float(), down[-4:].float()
+    exact = run_experts(x.float(), *last, weights, chosen)
+    out = moe.grouped_experts(x, residual, gate_up, down, logits, 2, True)
+    assert close(out, residual.float() + exact)
+    if num_tokens == 1:
+        norm_weight = randn(hidden_size, dtype=torch.bfloat16)
+        routed = moe.route(logits, 2, True)
+        out = moe.few_tokens_experts(x, norm_weight, EPS, gate_up, down, *routed)
+        exact = run_experts(rms_norm(x, norm_weight, EPS).float(), *last, weights, chosen)
+        assert close(out, x.float() + exact)
+
+
 def test_an_expert_without_tokens_costs_nothing_in_the_twin() -> None:
     shape = MoeShape(5, 2, 8, 4)
     gate_up, down = expert_weights(shape, torch.float32)
