@@ -170,14 +170,21 @@ class Floor:
         if config.experts is not None:
             experts = [p for p in layers.parameters() if p.dim() == 3]  # of one: p[0]
             weights += [config.experts.num_chosen * p[0].numel() for p in experts]
-            self.expert_bytes = sum(p[0].nbytes for p in experts) // len(expert_shares)
+            num_layers = max(1, len(config.experts.layers))
+            self.expert_bytes = sum(p[0].nbytes for p in experts) // num_layers
         self.flops_per_token = 2 * sum(weights)
         kv_weights = 2 * config.num_kv_heads * config.head_dim * config.hidden_size
         # Beyond K and V in the last layer.
-        self.flops_per_last = 2 * (sum(weights) // config.num_layers - kv_weights)
+        last = [p for p in layers[-1].parameters() if p.dim() > 1]
+        dense = sum(p.numel() for p in last if p.dim() == 2) - kv_weights
+        chosen = config.experts.num_chosen if config.experts else 0
+        sparse = sum(chosen * p[0].numel() for p in last if p.dim() == 3)
+        self.flops_per_last = 2 * (dense + sparse)
         self.flops_per_logits = 2 * embedding.numel()
         # Weights that only tokens which are sampled from pass through: the last layer's, the head.
-        self.last_bytes = (self.flops_per_last + self.flops_per_logits) // 2 * embedding.itemsize
+        # Its experts count as those of a layer, by number of sequences: see _touched_experts.
+        self.last_bytes = (dense + embedding.numel()) * embedding.itemsize
+        self.last_has_experts = bool(sparse)
         self.weights_s = self.kv_s = self.prefill_s = self.linear_s = 0.0
         self.num_decode_steps = self.num_prefill_steps = 0
 
@@ -191,7 +198,7 @@ class Floor:
         if batch is None:
             return
         weight_bytes = self.weight_bytes + self._touched_experts(batch) * self.expert_bytes
-        if not any(item.samples for item in batch.items):
+        if not _samples(batch):
             weight_bytes -= self.last_bytes
         weights_s = weight_bytes / self.machine.read_bytes_per_s
         if batch.is_prefill:
@@ -209,8 +216,10 @@ class Floor:
 
         Of a prefill, as though each sequence had one token: the least that there can be.
         """
-        num_seqs = len(batch.items)
-        return sum(float((1 - (1 - shares) ** num_seqs).sum()) for shares in self.expert_shares)
+        num_seqs, layers = len(batch.items), self.expert_shares
+        if self.last_has_experts and not _samples(batch):
+            layers = layers[:-1]
+        return sum(float((1 - (1 - shares) ** num_seqs).sum()) for shares in layers)
 
     def _linear_flops(self, batch: Batch) -> int:
         """Arithmetic of a prefill step's linear layers, were the last layer computed in full."""
@@ -255,6 +264,10 @@ class Floor:
         )
 
 
+def _samples(batch: Batch) -> bool:
+    return any(item.samples for item in batch.items)
+
+
 def expert_shares(llm: LLM, rng: random.Random) -> list[Tensor]:
     """What share of random prompts' last tokens choose each expert: [num_experts] a layer with any.
 
@@ -266,7 +279,7 @@ def expert_shares(llm: LLM, rng: random.Random) -> list[Tensor]:
     layers = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, MoE)]
     if not layers:
         return []
-    num_seqs = min(256, config.max_num_seqs, config.max_num_batched_tokens // 8)
+    num_seqs = min(256, config.max_num_seqs, max(1, config.max_num_batched_tokens // 8))
     length = min(64, config.max_num_batched_tokens // num_seqs, config.max_model_len - 1)
     counts = [torch.zeros(layer.gate.weight.size(0)) for layer in layers]
 

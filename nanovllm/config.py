@@ -55,7 +55,7 @@ class Config:
         max_num_batched_tokens: most tokens in one prefill step; longer prompts go in chunks.
         max_num_seqs: most sequences that run at a time.
         max_model_len: most tokens of prompt and completion together; cut to the model's
-            max_position_embeddings.
+            longest sequence.
         gpu_memory_utilization: share of the GPU's memory that this engine may take, KV pool
             included. Not used on a CPU.
         enforce_eager: run every step kernel by kernel (no CUDA graphs).

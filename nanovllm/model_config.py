@@ -36,7 +36,7 @@ _LLAMA = {"max_position_embeddings": 2048, "eos_token_id": 2}
 _MISTRAL = {"max_position_embeddings": 131072, "eos_token_id": 2, "sliding_window": 4096}
 _QWEN_MOE = {
     "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128,
-    "num_experts_per_tok": 8, "decoder_sparse_step": 1,
+    "num_experts_per_tok": 8, "decoder_sparse_step": 1, "intermediate_size": 6144,
 }  # fmt: skip
 
 ARCHITECTURES = {
@@ -164,7 +164,8 @@ class ModelConfig:
         has_window = says(architecture.has_window) and raw.get("sliding_window") is not None
         if not has_window and "sliding_attention" in (raw.get("layer_types") or []):
             raise ValueError("config.json: layer_types names sliding_attention, with no window")
-        slides = has_window and _has_sliding_layers(raw, num_layers)
+        is_for_some = "max_window_layers" in architecture.defaults
+        slides = has_window and (not is_for_some or _has_sliding_layers(raw, num_layers))
         return cls(
             architecture=name,
             vocab_size=_size(raw, "vocab_size"),
@@ -219,14 +220,17 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> Rope:
             f"rope scaling of type {kind!r} is not implemented, only 'default', 'linear', 'yarn' "
             "and 'llama3'"
         )
+    if any(isinstance(value, dict) for value in found.values()):
+        raise ValueError("config.json: rope parameters that differ by layer are not implemented")
     if kind == "default":
         return Rope(kind, theta)
-    original = _size(found, "original_max_position_embeddings", default=max_positions)
+    if kind == "linear":
+        return Rope(kind, theta, _positive(found, "factor"))
+    key = "original_max_position_embeddings"
+    original = _size(raw if raw.get(key) is not None else found, key, default=max_positions)
     # Where it is left out: as many times as the sequences have become longer.
     implied = max_positions / original if kind == "yarn" else None
     factor = _positive(found, "factor", implied)
-    if kind == "linear":
-        return Rope(kind, theta, factor)
     if kind == "llama3":
         slow = _positive(found, "low_freq_factor")
         fast = _positive(found, "high_freq_factor")
@@ -235,6 +239,8 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> Rope:
                 f"config.json: low_freq_factor ({slow:g}) must be below high_freq_factor ({fast:g})"
             )
         return Rope(kind, theta, factor, original, slow, fast)
+    if theta == 1:
+        raise ValueError("config.json: rope_theta must not be 1 with yarn")
     slow, fast = _positive(found, "beta_slow", 1.0), _positive(found, "beta_fast", 32.0)
     scales = [_positive(found, key, 0.0) for key in ("mscale", "mscale_all_dim") if found.get(key)]
     default = _yarn_scale(factor, 1.0)
@@ -251,11 +257,12 @@ def _yarn_scale(factor: float, scale: float) -> float:
 
 
 def _has_sliding_layers(raw: Mapping[str, Any], num_layers: int) -> bool:
-    """Of a model that has a window: in which of the layers, is said in one of two ways."""
+    """Of a model with a window in some layers only: in any? That is said in one of two ways."""
     kinds = raw.get("layer_types")
     if kinds is not None:
         return "sliding_attention" in kinds
-    return int(raw.get("max_window_layers", 0)) < num_layers
+    require_int("config.json: max_window_layers", raw.get("max_window_layers"), low=0)
+    return bool(raw["max_window_layers"] < num_layers)
 
 
 def _experts(raw: Mapping[str, Any], num_layers: int) -> Experts:

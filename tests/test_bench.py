@@ -88,6 +88,25 @@ def test_the_floor_counts_the_experts_that_are_read(checkpoint: CheckpointFactor
         assert floor.flops_per_token == 2 * (3 * dense + 2 * sparse + mlp)
 
 
+@pytest.mark.parametrize("dense", [(), (0,), (1,), (0, 1)], ids=str)
+def test_the_floor_of_a_last_layer_with_and_without_experts(
+    dense: tuple[int, ...], checkpoint: CheckpointFactory
+) -> None:
+    """A chunk that nothing is sampled from needs K and V of the last layer, and no head."""
+    more = (("num_experts", 4), ("num_experts_per_tok", 2), ("moe_intermediate_size", 24))
+    model = checkpoint(ModelSpec("Qwen3Moe", more=(*more, ("mlp_only_layers", dense))))
+    with watched(model, max_num_batched_tokens=8) as (llm, _):
+        floor = bench.Floor(llm, MACHINE, bench.expert_shares(llm, random.Random(0)))
+        config = llm.config.model_config
+        size = config.hidden_size
+        attention = 2 * size * config.num_heads * config.head_dim
+        mlp = 3 * size * (config.intermediate_size if 1 in dense else 2 * 24)
+        router = 0 if 1 in dense else 4 * size
+        assert floor.flops_per_last == 2 * (attention + mlp + router)
+        read = attention + (mlp if 1 in dense else router) + config.vocab_size * size
+        assert floor.last_bytes == FLOAT32 * read
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_decode_floor_is_weights_and_keys_and_values(
     checkpoint: CheckpointFactory, tied: bool

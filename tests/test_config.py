@@ -343,6 +343,8 @@ BAD_ROPES: list[tuple[dict[str, Any], tuple[object, ...]]] = [
     (YARN | {"beta_fast": -1.0}, ("beta_fast", -1.0)),
     ({"rope_type": "llama3", "factor": 8.0}, ("no low_freq_factor",)),
     (LLAMA3 | {"low_freq_factor": 4.0}, ("low_freq_factor (4)", "below")),
+    (YARN | {"rope_theta": 1.0}, ("rope_theta", 1, "yarn")),
+    ({"full_attention": YARN}, ("differ by layer", "not implemented")),
 ]
 
 
@@ -364,7 +366,7 @@ def test_a_rope_that_is_unknown_or_impossible_is_refused(
         (YARN | {"original_max_position_embeddings": None}, 5000, 20000, 4.0),
         (YARN | {"factor": None}, 5000, 5000, 5.0),
         (LLAMA3, 5000, 5000, 8.0),
-        ({"type": "linear", "factor": 3}, 5000, 5000, 3.0),
+        ({"type": "linear", "factor": 3, "original_max_position_embeddings": 0.5}, 5000, 5000, 3.0),
     ],
     ids=str,
 )
@@ -376,6 +378,15 @@ def test_the_longest_sequence_follows_from_the_rope(
         config = model_config(max_position_embeddings=max_positions, **keys)
         assert config.max_position_embeddings == length
         assert config.rope.factor == factor
+
+
+@pytest.mark.parametrize("rope", [YARN, LLAMA3], ids=["yarn", "llama3"])
+def test_the_original_length_beside_the_rope_wins(rope: dict[str, Any]) -> None:
+    """As in transformers."""
+    keys = {"rope_parameters": rope, "original_max_position_embeddings": 3000}
+    config = model_config(**keys)
+    assert config.rope.original_length == 3000
+    assert config.max_position_embeddings == (12000 if rope is YARN else 5000)
 
 
 MISTRAL = {"architectures": ["MistralForCausalLM"]}
@@ -394,6 +405,15 @@ QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
         (QWEN2 | {"sliding_window": 100, "layer_types": ["sliding_attention"] * 2}, 100),
         (QWEN2 | {"use_sliding_window": False, "sliding_window": 100}, None),
         ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, 64),
+        # These know no layers without a window.
+        (MISTRAL | {"sliding_window": 64, "max_window_layers": 9}, 64),
+        (EXPERTS | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 9}, 64),
+        (
+            EXPERTS
+            | {"use_sliding_window": True, "sliding_window": 64}
+            | {"layer_types": ["full_attention"] * 2},
+            64,
+        ),
     ],
     ids=str,
 )
@@ -416,6 +436,7 @@ def test_a_sliding_window_limits_the_length(
         ({"layer_types": ["sliding_attention"]}, ("sliding_attention", "no window")),
         ({"layer_types": ["linear_attention"]}, ("'linear_attention'", "not implemented")),
         ({"layer_types": "full_attention"}, ("layer_types", "list")),
+        (QWEN2 | {"max_window_layers": -1}, ("max_window_layers", -1)),
         (EXPERTS | {"num_experts_per_tok": 5}, ("num_experts_per_tok (5)", "4")),
         (EXPERTS | {"num_experts": 0}, ("num_experts", 0)),
         (EXPERTS | {"num_local_experts": 3, "num_experts_per_tok": 4}, ("(4)", "3")),

@@ -304,6 +304,29 @@ def test_bytes_that_never_become_a_character_are_given_at_last(byte_fallback: An
     assert "".join(pieces) == f"a🚀{REPLACEMENT * 5}"
 
 
+@pytest.mark.parametrize(
+    "text", ["ภาษาไทย" * 60, "한국어" * 100, "😀" * 150, "ж" * 200, "a😀" * 100 + "界" * 99]
+)
+def test_a_long_row_of_bytes_costs_the_same_a_token(text: str, byte_fallback: Any) -> None:
+    counting = Counting(byte_fallback)
+    ids = byte_fallback.encode(text)
+    pieces, _ = stream(start(counting), ids)
+    assert "".join(pieces) == text
+    assert max(counting.num_decoded) <= MAX_WINDOW + 8
+
+
+def test_bytes_that_are_no_character_cost_the_same_a_token(byte_fallback: Any) -> None:
+    counting = Counting(byte_fallback)
+    ids = [
+        *byte_fallback.encode("a😀"),
+        *byte_fallback.encode("ж", add_special_tokens=False)[1:2] * 300,
+    ]
+    pieces, _ = stream(start(counting), ids)
+    assert "".join(pieces).endswith(REPLACEMENT * 200)
+    assert max(counting.num_decoded) <= MAX_WINDOW + 8
+    assert max(map(len, pieces)) < 20
+
+
 def word_piece() -> Any:
     from tokenizers import Tokenizer, decoders, models
 

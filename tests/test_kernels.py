@@ -764,6 +764,9 @@ def test_route_of_equal_and_of_bad_logits() -> None:
     assert chosen[0].tolist() == [0, 1, 2]
     assert torch.allclose(weights[0], torch.full_like(weights[0], 1 / 3))
     assert chosen[4, :2].tolist() == [7, 8]
+    assert weights[1:4].isnan().all()
+    logits[0, 5] = math.nan
+    assert moe.route(logits, 3, renormalized=True)[0][0].isnan().all()
     assert ((chosen >= 0) & (chosen < 12)).all()
 
 

@@ -255,6 +255,18 @@ def test_a_stop_id_may_come_from_each_of_the_three_files(
         assert llm.stop_ids >= set(ids.values())
 
 
+@pytest.mark.parametrize(("in_config", "in_generation"), [(..., ...), (..., 7), (9, ...), (9, 7)])
+def test_the_stop_id_of_a_class_of_models_is_for_those_that_name_none(
+    in_config: Any, in_generation: Any, checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """2 for Llama, as in transformers."""
+    model_dir = shutil.copytree(checkpoint(ModelSpec("Llama")), tmp_path / "model")
+    edit_json(model_dir / "config.json", eos_token_id=in_config)
+    edit_json(model_dir / "generation_config.json", eos_token_id=in_generation)
+    with LLM(str(model_dir), **OPTIONS) as llm:
+        assert llm.stop_ids == ({in_config, in_generation} - {...} or {2})
+
+
 def test_the_option_eos_stands_for_all_stop_ids(
     text_model: Path, endless: list[int], tmp_path: Path
 ) -> None:

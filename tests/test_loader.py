@@ -409,6 +409,27 @@ def test_more_layers_than_the_checkpoint_has_are_refused(copied: CopyFactory) ->
     refused(model_dir, "model.layers.2.", "no tensor fills 11 parameters")
 
 
+EXPERTS = (("num_experts", 4), ("num_experts_per_tok", 2), ("moe_intermediate_size", 24))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"experts.3.up_proj.weight": None}, ("no tensor fills 1", "experts.3.up_proj")),
+        ({"gate.weight": torch.zeros(5, 64)}, ("gate.weight", "[5, 64]", "[4, 64]")),
+        ({"experts.4.up_proj.weight": torch.zeros(24, 64)}, ("no parameter", "experts.4")),
+        ({"experts.down_proj": torch.zeros(4, 64, 24)}, ("experts.down_proj", "one by one")),
+    ],
+    ids=str,
+)
+def test_experts_that_do_not_fit_are_refused(
+    changes: dict[str, Tensor | None], words: tuple[str, ...], copied: CopyFactory
+) -> None:
+    model_dir = copied(ModelSpec("Qwen3Moe", more=EXPERTS))
+    rewrite(model_dir, **{f"model.layers.1.mlp.{name}": new for name, new in changes.items()})
+    refused(model_dir, *words)
+
+
 # --- where a model is found ------------------------------------------------------------------
 
 

@@ -12,6 +12,8 @@ REPLACEMENT = "\ufffd"  # what decoders put in the place of bytes that are no UT
 MAX_PARTIAL = 3
 MIN_WINDOW = 20
 MAX_WINDOW = 30
+# A row of bytes shows nothing if it begins within a character: one of so many ids more does not.
+MORE_IDS = range(4)
 
 
 class _State(NamedTuple):
@@ -24,6 +26,7 @@ class _State(NamedTuple):
     num_tokens: int
     window: list[int]
     done: str
+    num_unfinished: int  # ids since a row of bytes was readable last
     text: str
     stop: str | None
     is_final: bool
@@ -60,7 +63,7 @@ class Detokenizer:
         self.num_prompt_tokens = num_prompt_tokens
         self.hidden_ids = hidden_ids if params.skip_special_tokens else frozenset()
         self._max_stop_length = max(map(len, self.stops), default=0)
-        self._state = _State(0, [], "", "", None, False)
+        self._state = _State(0, [], "", 0, "", None, False)
 
     @property
     def text(self) -> str:
@@ -105,8 +108,11 @@ class Detokenizer:
         decoded = self._decode(window)
         num_settled = len(state.done)
         num_done = max(num_settled, len(decoded) - (0 if is_final else _num_partial(decoded)))
-        # A row of bytes whose beginning was readable may become so again.
-        is_unfinished = decoded.endswith(REPLACEMENT) and not decoded.startswith(state.done)
+        # A row of bytes whose beginning was readable becomes so again, if at all, with a character.
+        num_unfinished = 0
+        if decoded.endswith(REPLACEMENT) and not decoded.startswith(state.done):
+            num_unfinished = state.num_unfinished + len(new_ids)
+        is_unfinished = 0 < num_unfinished <= MAX_PARTIAL
         if is_unfinished and not is_final:
             num_done = num_settled
         text = state.text + decoded[num_settled:num_done]
@@ -116,15 +122,16 @@ class Detokenizer:
         if len(window) >= MAX_WINDOW and not is_unfinished:
             window, done = self._shorten(window, decoded, done)
         num_tokens = state.num_tokens + len(new_ids)
-        return _State(num_tokens, window, done, text[:end], stop, is_final)
+        return _State(num_tokens, window, done, num_unfinished, text[:end], stop, is_final)
 
     def _shorten(self, window: list[int], decoded: str, done: str) -> tuple[list[int], str]:
         """The last ids of a window and `done` for them, if their text shows where it begins."""
-        ids = window[-MIN_WINDOW:]
-        tail = self._decode(ids)
-        num_wrong = _num_wrong(tail)
-        if len(tail) > num_wrong + _num_partial(tail) and decoded.endswith(tail[num_wrong:]):
-            return ids, tail[: max(0, len(tail) - (len(decoded) - len(done)))]
+        for more in MORE_IDS:
+            ids = window[-MIN_WINDOW - more :]
+            tail = self._decode(ids)
+            num_wrong = _num_wrong(tail)
+            if len(tail) > num_wrong + _num_partial(tail) and decoded.endswith(tail[num_wrong:]):
+                return ids, tail[: max(0, len(tail) - (len(decoded) - len(done)))]
         return window, done
 
     def _find_stop(self, text: str, start: int) -> tuple[str | None, int]:

@@ -57,10 +57,13 @@ def find_stop_ids(config: Config, tokenizer: Any | None) -> frozenset[int]:
     """
     if config.eos != -1:
         return frozenset([config.eos])
-    stop_ids = set(config.model_config.eos_token_ids)
+    stop_ids: set[int] = set()
     generation_config = config.model_dir / "generation_config.json"
     if generation_config.is_file():
         stop_ids |= as_token_ids(read_json(generation_config).get("eos_token_id"))
+    # The default of a class of models is for those which say nothing at all.
+    if not stop_ids or "eos_token_id" in read_json(config.model_dir / "config.json"):
+        stop_ids |= config.model_config.eos_token_ids
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         stop_ids.add(tokenizer.eos_token_id)
     return frozenset(stop_ids)

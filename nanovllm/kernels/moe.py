@@ -55,7 +55,7 @@ def _route_kernel(
     x = tl.load(row + experts, mask=mask, other=-float("inf")).to(tl.float32)
     exps = tl.exp(x - tl.max(x, axis=0))
     left = tl.where(mask, exps, -1.0)
-    left = tl.where(left != left, 0.0, left)  # NaN: any expert will do
+    left = tl.where(left != left, 0.0, left)  # of NaN any expert will do
     found = tl.zeros([PLACES], tl.float32)
     ids = tl.zeros([PLACES], tl.int32)
     for choice in tl.static_range(CHOSEN):
@@ -64,7 +64,8 @@ def _route_kernel(
         found = tl.where(places == choice, tl.sum(tl.where(is_best, exps, 0.0), axis=0), found)
         ids = tl.where(places == choice, best, ids)
         left = tl.where(is_best, -2.0, left)
-    found /= tl.sum(found, axis=0) if RENORMALIZED else tl.sum(exps, axis=0)
+    total = tl.sum(exps, axis=0)
+    found = found / (tl.sum(found, axis=0) if RENORMALIZED else total) + 0 * total  # NaN stays NaN
     kept = places < CHOSEN
     own = token * CHOSEN + places
     tl.store(weights + own, found, mask=kept)

@@ -137,7 +137,10 @@ def check_checkpoint(shapes: dict[str, torch.Size], is_tied: bool, model_dir: Pa
         if name in found:
             raise ValueError(f"{model_dir}: tensor {name!r} stands in the checkpoint twice")
         if name not in shapes:
-            raise ValueError(f"{model_dir}: the model has no parameter for tensor {name!r}")
+            hint = ""
+            if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+                hint = "; experts are to be saved one by one, as save_pretrained does by itself"
+            raise ValueError(f"{model_dir}: the model has no parameter for tensor {name!r}{hint}")
         tensor = file.get_slice(name)
         if not tensor.get_dtype().startswith(("F", "BF")):
             raise ValueError(
