@@ -8,8 +8,10 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from time import sleep
 from typing import Any, NamedTuple
 
 import pytest
@@ -91,13 +93,21 @@ def launched(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[Form]:
     return forms
 
 
-def make_runner(directory: Path, head_dim: int, **options: Any) -> ModelRunner:
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "num_hidden_layers": 4, "mlp_only_layers": [1],
+}  # fmt: skip
+
+
+def make_runner(
+    directory: Path, head_dim: int, model: dict[str, Any], **options: Any
+) -> ModelRunner:
     raw = {
         "architectures": ["Qwen3ForCausalLM"], "vocab_size": 512, "hidden_size": 64,
         "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": head_dim, "max_position_embeddings": 50_000,
     }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(raw | model), encoding="utf-8")
     options = {"dtype": "bfloat16", "device": "cpu", "num_kvcache_blocks": 256} | options
     options["enforce_eager"] = True  # no graph is captured, which would launch the same
     return ModelRunner(Config.from_options(str(directory), {"load_format": "dummy", **options}))
@@ -140,6 +150,8 @@ CASES: list[tuple[Machine, dict[str, Any]]] = [
     (H100, {"max_num_batched_tokens": 4100, "max_model_len": 1100, "max_num_seqs": 200}),
     (H100, {"max_model_len": 3, "max_num_seqs": 1}),
     (H100, {"max_num_batched_tokens": 100, "kvcache_block_size": 16}),
+    (H100, {"model": EXPERTS}),
+    (OTHER, {"model": EXPERTS, "max_num_seqs": 9}),
     (H100._replace(backend="torch"), {"max_num_batched_tokens": 64, "max_num_seqs": 300}),
     (H100._replace(backend="torch"), {"max_model_len": 30}),
     (OTHER._replace(backend="torch"), {"dtype": "float32", "max_num_batched_tokens": 32}),
@@ -151,8 +163,9 @@ def test_what_a_step_launches_was_compiled(
     machine: Machine, options: dict[str, Any], launched: list[Form], tmp_path: Path
 ) -> None:
     head_dim = 128 if machine.backend == "triton" else 32
-    runner = make_runner(tmp_path, head_dim, **options)
-    assert len(runner.model.model.layers) == 2
+    model = options.get("model", {})
+    runner = make_runner(tmp_path, head_dim, **{"model": {}} | options)
+    assert len(runner.model.model.layers) == model.get("num_hidden_layers", 2)
     compiled = set(launched)
     assert len(compiled) > 15
     missing: dict[Form, str] = {}
@@ -161,3 +174,31 @@ def test_what_a_step_launches_was_compiled(
         runner.launch(batch)
         missing |= dict.fromkeys(set(launched) - compiled, name)
     assert not missing
+
+
+def test_kernels_are_loaded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By several engines at once too: triton 3.6 mixes up what two threads load."""
+
+    class Kernel:
+        src = metadata = None
+        num_loading = most_loading = num_loaded = 0
+
+        @property
+        def run(self) -> None:
+            Kernel.num_loading += 1
+            Kernel.most_loading = max(Kernel.most_loading, Kernel.num_loading)
+            sleep(0.002)
+            Kernel.num_loading -= 1
+            Kernel.num_loaded += 1
+
+    def start(_: int) -> None:
+        with launch.compiling_ahead(torch.device("cuda", 0)):
+            asked_for = launch._asked_for.get()
+            assert asked_for is not None
+            asked_for += [kernel for kernel in [Kernel() for _ in range(10)] for _ in range(2)]
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(start, range(4)))
+    assert Kernel.num_loaded == 40
+    assert Kernel.most_loading == 1

@@ -2,20 +2,23 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
 
 from nanovllm.kernels.device import has_pdl
 
 # Triton finds out with every launch which compiled kernel its arguments ask for. Most of the time
 # of a launch goes there, so what was found is kept, by all that it can depend on.
 _compiled: dict[tuple[Any, ...], tuple[CompiledKernel, list[Any]]] = {}
+_loading = Lock()
 # Within compiling_ahead, in its thread: what would have been launched.
 _asked_for: ContextVar[list[Any] | None] = ContextVar("asked_for", default=None)
 
@@ -64,17 +67,20 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
     """Within, `launch` launches nothing: on leaving, what it was asked for is compiled and loaded.
 
     What is computed within is garbage. The kernels are compiled in many threads: one by one, they
-    would take most of the time of a first start.
+    would take most of the time of a first start. They are loaded one by one: triton 3.6 makes of
+    each kind of arguments an extension module, all of one name, and what two threads load at once
+    may become one another's.
     """
 
-    def load(kernel: CompiledKernel | triton.FutureKernel) -> None:
+    def finish(kernel: CompiledKernel | triton.FutureKernel) -> CompiledKernel | None:
         if isinstance(kernel, triton.FutureKernel):
             try:
                 kernel = kernel.result()
             except SystemError:  # of ast.parse in several threads, in CPython 3.11
-                return  # it is compiled when it is launched
-        with torch.cuda.device(device):
-            _ = kernel.run  # builds the launcher and loads the binary
+                return None  # it is compiled when it is launched
+        with suppress(Exception), torch.cuda.device(device):
+            driver.active.launcher_cls(kernel.src, kernel.metadata)  # to disk; for triton 3.6
+        return kernel
 
     with ThreadPoolExecutor() as pool:
         asked_for: list[Any] = []
@@ -82,6 +88,10 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
         try:
             with triton.AsyncCompileMode(pool, ignore_errors=True):
                 yield
-            list(pool.map(load, {id(kernel): kernel for kernel in asked_for}.values()))
+            with _loading, torch.cuda.device(device):
+                finished = pool.map(finish, {id(kernel): kernel for kernel in asked_for}.values())
+                for kernel in list(finished):
+                    if kernel is not None:
+                        _ = kernel.run  # makes the launcher and loads the binary
         finally:
             _asked_for.reset(token)
