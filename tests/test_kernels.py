@@ -804,6 +804,31 @@ def test_experts_equal_their_twin(
         assert close(out, x.double() + exact)
 
 
+@runs_kernels
+@dtypes
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+def test_places_of_a_bucket_that_hold_no_pair_are_not_used(
+    num_tokens: int, dtype: torch.dtype
+) -> None:
+    """They name a row of their own here, which nothing may be written to."""
+    from nanovllm.kernels import moe
+
+    shape = MoeShape(6, 2, 96, 40)
+    gate_up, _ = expert_weights(shape, dtype)
+    num_pairs = num_tokens * 2
+    counts = torch.zeros(6, dtype=torch.int32, device=DEVICE)
+    pairs = torch.full((6, num_tokens), num_pairs, dtype=torch.int32, device=DEVICE)
+    buckets = moe.Buckets(counts, pairs)
+    _, chosen = moe.route(randn(num_tokens, 6, dtype=dtype), 2, True, buckets)
+    x = randn(num_tokens + 1, 96, dtype=dtype)
+    out = torch.full((num_pairs + 1, 40), math.nan, dtype=dtype, device=DEVICE)
+    moe._grouped_product(x, gate_up, None, buckets, out, 2, gated=True)
+    assert out[-1].isnan().all()
+    for pair, expert in enumerate(chosen.flatten().tolist()):
+        exact = silu_and_mul(x[pair // 2].double() @ gate_up[expert].double().T)
+        assert close(out[pair], exact)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 def test_experts_of_any_number_of_tokens() -> None:
