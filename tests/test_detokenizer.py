@@ -70,6 +70,7 @@ def cut(text: str, stops: Iterable[str]) -> tuple[str, str | None]:
     return text, None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(200))
 def test_the_pieces_of_a_text_are_the_whole(seed: int, byte_level: Any, tally: Tally) -> None:
     rng = random.Random(seed)
@@ -85,6 +86,7 @@ def test_the_pieces_of_a_text_are_the_whole(seed: int, byte_level: Any, tally: T
         tally.count("detokenizer: pieces", sum(map(bool, pieces)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(200))
 def test_a_text_is_cut_before_the_stop_text_that_is_complete_first(
     seed: int, byte_level: Any, tally: Tally
@@ -122,6 +124,7 @@ def random_ids(rng: random.Random, tokenizer: Any) -> list[int]:
     return rng.choices(list(rng.choice(pools)), k=rng.randint(1, 120))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(200))
 def test_the_pieces_of_random_ids_are_the_whole(seed: int, byte_level: Any) -> None:
     rng = random.Random(seed)
@@ -279,6 +282,7 @@ def byte_fallback() -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(200))
 def test_rows_of_bytes_come_as_whole_characters(seed: int, byte_fallback: Any) -> None:
     """Emoji after emoji: there a row's end, unfinished, makes its beginning unreadable."""

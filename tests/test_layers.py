@@ -565,6 +565,7 @@ print(json.dumps(results))
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no CUDA GPU")
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.slow
 def test_the_interpreted_store_kvcache_kernel_does_what_its_twin_does() -> None:
     """A process of its own, since TRITON_INTERPRET counts when triton is imported."""
     root = Path(__file__).parent.parent

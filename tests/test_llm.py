@@ -659,6 +659,7 @@ assert sys.modules["triton"] is None and sys.modules["flash_attn"] is None
 """
 
 
+@pytest.mark.slow
 def test_triton_and_flash_attn_are_not_needed_on_a_cpu(llm: LLM, text_model: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-c", WITHOUT_OPTIONAL_PACKAGES, str(text_model), json.dumps(OPTIONS)],

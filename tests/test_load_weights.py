@@ -15,6 +15,8 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
 from nanovllm.utils import loader
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "max_model_len": 96, "max_num_seqs": 4, "kvcache_block_size": 16
 }  # fmt: skip

@@ -220,6 +220,7 @@ def test_equal_prompts_are_drawn_for_independently(tiny_model: Path) -> None:
     assert len({tuple(output["token_ids"]) for output in outputs}) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [4.0, 12.0])
 def test_the_engines_tokens_follow_the_models_softmax_at_the_temperature(
     temperature: float, tiny_model: Path, reference: ReferenceFactory
