@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import Batch
@@ -164,21 +164,26 @@ class Floor:
             self.weight_bytes -= embedding.nbytes
         self.token_bytes = kv_cache[:, :, 0, 0].nbytes
         config, layers = self.model_config, model.model.layers
-        weights = [p.numel() for p in layers.parameters() if p.dim() == 2]
         self.expert_shares = expert_shares
-        self.expert_bytes = 0
+        self.expert_bytes = num_chosen = 0
         if config.experts is not None:
             experts = [p for p in layers.parameters() if p.dim() == 3]  # of one: p[0]
-            weights += [config.experts.num_chosen * p[0].numel() for p in experts]
-            num_layers = max(1, len(config.experts.layers))
-            self.expert_bytes = sum(p[0].nbytes for p in experts) // num_layers
-        self.flops_per_token = 2 * sum(weights)
+            self.expert_bytes = sum(p[0].nbytes for p in experts) // max(
+                1, len(config.experts.layers)
+            )
+            num_chosen = config.experts.num_chosen
+
+        def weights(module: nn.Module) -> tuple[int, int]:
+            """Those that a token is multiplied with: outside experts, and of the chosen ones."""
+            parameters = list(module.parameters())
+            dense = sum(p.numel() for p in parameters if p.dim() == 2)
+            return dense, sum(num_chosen * p[0].numel() for p in parameters if p.dim() == 3)
+
+        self.flops_per_token = 2 * sum(weights(layers))
         kv_weights = 2 * config.num_kv_heads * config.head_dim * config.hidden_size
         # Beyond K and V in the last layer.
-        last = [p for p in layers[-1].parameters() if p.dim() > 1]
-        dense = sum(p.numel() for p in last if p.dim() == 2) - kv_weights
-        chosen = config.experts.num_chosen if config.experts else 0
-        sparse = sum(chosen * p[0].numel() for p in last if p.dim() == 3)
+        dense, sparse = weights(layers[-1])
+        dense -= kv_weights
         self.flops_per_last = 2 * (dense + sparse)
         self.flops_per_logits = 2 * embedding.numel()
         # Weights that only tokens which are sampled from pass through: the last layer's, the head.
@@ -219,7 +224,7 @@ class Floor:
         num_seqs, layers = len(batch.items), self.expert_shares
         if self.last_has_experts and not _samples(batch):
             layers = layers[:-1]
-        return sum(float((1 - (1 - shares) ** num_seqs).sum()) for shares in layers)
+        return sum(expected_experts(shares, num_seqs) for shares in layers)
 
     def _linear_flops(self, batch: Batch) -> int:
         """Arithmetic of a prefill step's linear layers, were the last layer computed in full."""
@@ -266,6 +271,11 @@ class Floor:
 
 def _samples(batch: Batch) -> bool:
     return any(item.samples for item in batch.items)
+
+
+def expected_experts(shares: Tensor, num_tokens: int) -> float:
+    """Experts of a layer that one of so many tokens chooses, if each is chosen by such a share."""
+    return float((1 - (1 - shares) ** num_tokens).sum())
 
 
 def expert_shares(llm: LLM, rng: random.Random) -> list[Tensor]:
@@ -499,7 +509,7 @@ def main() -> None:
     llm.generate([[0] * args.min_input_len], SamplingParams(ignore_eos=True), use_tqdm=False)
     shares = expert_shares(llm, random.Random(args.seed))
     if shares:
-        sizes = [float((1 - (1 - share) ** args.num_seqs).sum()) for share in shares]
+        sizes = [expected_experts(share, args.num_seqs) for share in shares]
         print(
             f"Experts: {sum(sizes) / len(sizes):.1f} of {len(shares[0])} a layer are expected in a "
             f"step of {args.num_seqs} tokens, by how often each was chosen"

@@ -33,7 +33,10 @@ class Architecture(NamedTuple):
 _QWEN = {"max_position_embeddings": 32768, "sliding_window": 4096, "num_key_value_heads": 32}
 _QWEN_DENSE = {**_QWEN, "max_window_layers": 28}
 _LLAMA = {"max_position_embeddings": 2048, "eos_token_id": 2}
-_MISTRAL = {"max_position_embeddings": 131072, "eos_token_id": 2, "sliding_window": 4096}
+_MISTRAL = {
+    "max_position_embeddings": 131072, "eos_token_id": 2, "sliding_window": 4096,
+    "num_key_value_heads": 8,
+}  # fmt: skip
 _QWEN_MOE = {
     "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128,
     "num_experts_per_tok": 8, "decoder_sparse_step": 1, "intermediate_size": 6144,
@@ -59,7 +62,7 @@ ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(
         _LLAMA, qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
     ),
-    "MistralForCausalLM": Architecture({**_MISTRAL, "num_key_value_heads": 8}, has_window=True),
+    "MistralForCausalLM": Architecture(_MISTRAL, has_window=True),
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanovllm import kernels
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.utils.device import uses_onednn
 
 
 class LinearInputs(NamedTuple):
@@ -92,10 +93,10 @@ def pack(weight: Tensor) -> Tensor:
     """A weight [num_rows, input_size] in the layout for `onednn`, where that can be had.
 
     Otherwise the weight itself: on a GPU, without oneDNN, in float16 on most processors, or where
-    the caller has turned oneDNN off. The
-    operators are private to torch: its public ones (torch.utils.mkldnn) take 1.6 times as long.
+    the caller has turned oneDNN off. The operators are private to torch: its public ones
+    (torch.utils.mkldnn) take 1.6 times as long.
     """
-    if kernels.usable(weight.device) or not torch.backends.mkldnn.enabled:
+    if kernels.usable(weight.device) or not uses_onednn():
         return weight
     try:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)

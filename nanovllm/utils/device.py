@@ -51,10 +51,14 @@ def resolve_dtype(requested: str, checkpoint: str, device: torch.device) -> torc
     return dtypes[checkpoint]
 
 
+def uses_onednn() -> bool:
+    """True if torch has oneDNN, and the caller has not turned it off."""
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+
+
 def multiplies_bfloat16() -> bool:
     """True if this processor has instructions for products in bfloat16, and torch uses them."""
-    has_onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    if not (hasattr(torch.cpu, "get_capabilities") and has_onednn):
+    if not (hasattr(torch.cpu, "get_capabilities") and uses_onednn()):
         return False
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # it can be told to use older instructions
         return False
