@@ -69,6 +69,7 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument("--max-num-batched-tokens", type=int, default=16384)
     engine.add_argument("--kvcache-block-size", type=int, default=256)
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.95)
+    engine.add_argument("--tensor-parallel-size", type=int, default=1)
     args = parser.parse_args()
 
     has_gpu = args.device != "cpu" and torch.cuda.is_available()
@@ -154,7 +155,8 @@ class Floor:
     def __init__(self, llm: LLM, machine: Machine, expert_shares: Sequence[Tensor] = ()) -> None:
         assert llm.model_runner is not None
         self.machine = machine
-        self.model_config: ModelConfig = llm.config.model_config
+        # Where ranks share the model, each at the same time has its part to read and to compute.
+        self.part: ModelConfig = llm.model_runner.part
         self.block_size = llm.config.kvcache_block_size
         model, kv_cache = llm.model_runner.model, llm.model_runner.kv_cache
         embedding = model.model.embed_tokens.weight
@@ -163,7 +165,7 @@ class Floor:
         if model.lm_head.weight is not embedding:
             self.weight_bytes -= embedding.nbytes
         self.token_bytes = kv_cache[:, :, 0, 0].nbytes
-        config, layers = self.model_config, model.model.layers
+        config, layers = self.part, model.model.layers
         self.expert_shares = expert_shares
         self.expert_bytes = num_chosen = 0
         if config.experts is not None:
@@ -232,7 +234,7 @@ class Floor:
 
     def _flops(self, batch: Batch) -> int:
         """Arithmetic that a prefill step needs: linear layers, causal attention, logits."""
-        config = self.model_config
+        config = self.part
         ends = [item.end for item in batch.items if item.samples]
         linear = self._linear_flops(batch)
         linear -= (batch.num_tokens - len(ends)) * self.flops_per_last
@@ -343,6 +345,7 @@ def watch(llm: LLM) -> tuple[Timer, Timer]:
         "Attention": "attention and K/V store",
         "Linear": "linear layers",
         "MergedLinear": "linear layers",
+        "RowParallelLinear": "linear layers, with their sum over the ranks",
         "GatedLinear": "linear layers and activation",
         "MoE": "experts",
         "RMSNorm": "norms, counted there too",
@@ -458,6 +461,7 @@ def description(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
         "output_len": [args.min_output_len, args.max_output_len],
         "dtype": str(llm.model_runner.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if on_cuda else processor(),
+        "ranks": llm.config.tensor_parallel_size,
         "threads": None if on_cuda else torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -499,6 +503,7 @@ def main() -> None:
         max_num_batched_tokens=args.max_num_batched_tokens,
         kvcache_block_size=args.kvcache_block_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        tensor_parallel_size=args.tensor_parallel_size,
     )
     assert llm.model_runner is not None
     print(

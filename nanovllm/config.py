@@ -20,7 +20,7 @@ INT_OPTIONS: dict[str, tuple[int, int | None]] = {
     "max_num_batched_tokens": (1, None),
     "max_num_seqs": (1, None),
     "max_model_len": (2, None),
-    "tensor_parallel_size": (1, 1),
+    "tensor_parallel_size": (1, None),
     "kvcache_block_size": (BLOCK_SIZE_STEP, 1 << 20),
     "num_kvcache_blocks": (-1, None),
     "eos": (-1, None),
@@ -59,7 +59,8 @@ class Config:
         gpu_memory_utilization: share of the GPU's memory that this engine may take, KV pool
             included. Not used on a CPU.
         enforce_eager: run every step kernel by kernel (no CUDA graphs).
-        tensor_parallel_size: only 1 is implemented.
+        tensor_parallel_size: GPUs, or processes of a CPU, that share the model. It divides the
+            model's heads, its MLPs' size and its vocabulary.
         kvcache_block_size: token positions in a KV block, a multiple of 16 (of 256 for flash_attn).
         num_kvcache_blocks: size of the KV pool; -1: as much as the memory allows.
         eos: the one id that ends a sequence; -1: those of the tokenizer, config.json and
@@ -108,6 +109,7 @@ class Config:
         self._check_combinations()
         self.model_dir = resolve_model_dir(self.model, with_weights=self.load_format != "dummy")
         self.model_config = read_model_config(self.model_dir)
+        self.model_config.split(self.tensor_parallel_size)
         require_int("eos", self.eos, low=-1, high=self.model_config.vocab_size - 1)
         limit = self.model_config.max_position_embeddings
         if self.max_model_len > limit:

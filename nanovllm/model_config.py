@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,6 +190,42 @@ class ModelConfig:
             experts=_experts(raw, num_layers) if architecture.has_experts else None,
             dtype=dtype,
             eos_token_ids=as_token_ids(raw.get("eos_token_id")),
+        )
+
+    def split(self, num_ranks: int) -> "ModelConfig":
+        """The sizes of one rank's part of the model: of its heads, its MLP and its vocabulary.
+
+        Of fewer K/V heads than ranks each stands on several.
+
+        Raises:
+            ValueError: a size that the number of ranks does not divide.
+        """
+        if num_ranks == 1:
+            return self
+
+        def part(key: str, size: int) -> int:
+            if size % num_ranks:
+                raise ValueError(
+                    f"tensor_parallel_size={num_ranks} does not divide the model's {key} ({size})"
+                )
+            return size // num_ranks
+
+        is_shared = num_ranks % self.num_kv_heads == 0
+        num_kv_heads = 1 if is_shared else part("num_key_value_heads", self.num_kv_heads)
+        experts = self.experts
+        if experts is not None:
+            size = part("moe_intermediate_size", experts.intermediate_size)
+            experts = experts._replace(intermediate_size=size)
+        has_mlp = experts is None or len(experts.layers) < self.num_layers
+        return replace(
+            self,
+            vocab_size=part("vocab_size", self.vocab_size),
+            num_heads=part("num_attention_heads", self.num_heads),
+            num_kv_heads=num_kv_heads,
+            intermediate_size=part("intermediate_size", self.intermediate_size)
+            if has_mlp
+            else self.intermediate_size,
+            experts=experts,
         )
 
     def differences(self, other: "ModelConfig") -> list[str]:

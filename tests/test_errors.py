@@ -160,7 +160,11 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_model_len": "64"}, TypeError, "max_model_len must be an int, got '64'"),
     ({"gpu_memory_utilization": 1.1}, ValueError, "between 0 and 1, got 1.1"),
     ({"enforce_eager": None}, TypeError, "enforce_eager must be True or False, got None"),
-    ({"tensor_parallel_size": 2}, ValueError, "tensor_parallel_size must be .* 1, got 2"),
+    (
+        {"tensor_parallel_size": 3},
+        ValueError,
+        "tensor_parallel_size=3 does not divide .* num_key_value_heads",
+    ),
     ({"kvcache_block_size": 24}, ValueError, "a multiple of 16, got 24"),
     ({"num_kvcache_blocks": 0}, ValueError, r"-1 \(derived\) or >= 1, got 0"),
     ({"num_kvcache_blocks": 1}, ValueError, "too small .* max_model_len <= 256 would fit"),

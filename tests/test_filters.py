@@ -257,7 +257,8 @@ def test_a_batch_without_filters_computes_no_threshold(
         def refuse(*_: object) -> Tensor:
             raise AssertionError("a threshold was computed")
 
-        monkeypatch.setattr(llm.model_runner, "kept_threshold", refuse)
+        assert llm.model_runner is not None
+        monkeypatch.setattr(llm.model_runner.sampler, "_kept_threshold", refuse)
         tokens(llm, PROMPTS[:2], [MIXED[0], MIXED[5]])
         with pytest.raises(AssertionError, match="threshold"):
             tokens(llm, PROMPTS[:2], MIXED[:2])

@@ -26,6 +26,7 @@ from conftest import (
 from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.sampling import SamplingTensors
 from nanovllm.layers.attention import BACKENDS as ATTENTION_BACKENDS
 from nanovllm.layers.attention import AttentionInputs
 from nanovllm.layers.attention import store_kvcache as store_kvcache_twin
@@ -388,14 +389,14 @@ def test_long_contexts_equal_transformers(checkpoint: CheckpointFactory, head_di
     logits: list[Tensor] = []
     with LLM(str(model), enforce_eager=True, **options) as llm:
         assert llm.model_runner is not None
-        sample = llm.model_runner.sample
+        sample = llm.model_runner.sampler.sample
 
-        def keep(*args: Any, **kwargs: Any) -> Tensor:
-            if len(args[0]):  # a chunk samples nothing
-                logits.append(args[0].float().clone())
-            return sample(*args, **kwargs)
+        def keep(found: Tensor, how: SamplingTensors) -> None:
+            if len(found):  # a chunk samples nothing
+                logits.append(found.float().clone())
+            sample(found, how)
 
-        llm.model_runner.sample = keep
+        llm.model_runner.sampler.sample = keep
         output = completions(llm, [prompt], max_tokens=16)[0]
     exact, rounded = GpuReference(torch.bfloat16, model).logits(prompt, output)
     found = torch.cat(logits)

@@ -41,6 +41,7 @@ from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.outputs import Launched
+from nanovllm.engine.sampling import Sampler
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
@@ -289,7 +290,7 @@ PARTS: list[tuple[Any, str]] = [
     (BlockManager, "deallocate"),
     (ModelRunner, "launch"),
     (Qwen3ForCausalLM, "forward"),
-    (ModelRunner, "_sample"),
+    (Sampler, "sample"),
     (Launched, "token_ids"),
 ]
 STEP_PARTS: list[tuple[Any, str]] = [*PARTS[2:], (Caller, "look_at")]

@@ -45,12 +45,13 @@ from nanovllm.layers.products import (
     small_batch,
 )
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
-from nanovllm.layers.sampler import sample
+from nanovllm.layers.sampler import ids_of, sample
 from nanovllm.model_config import Rope
 from nanovllm.utils.context import cut_queries
 
 pytest.importorskip("triton")
 
+from nanovllm.kernels.all_reduce import Peers
 from nanovllm.kernels.small_linear import small_linear_counters
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -793,15 +794,21 @@ def test_experts_equal_their_twin(
     gate_up[unused], down[unused] = math.nan, math.nan
     x, residual = (randn(num_tokens, shape.hidden_size, dtype=dtype) for _ in range(2))
     exact = run_experts(x.double(), gate_up.double(), down.double(), weights.double(), chosen)
-    out = moe.grouped_experts(x, residual, gate_up, down, logits, shape.num_chosen, True)
+    out = moe.grouped_experts(x, gate_up, down, logits, shape.num_chosen, True, residual)
     assert close(out, residual.double() + exact)
+    out = torch.full_like(x, math.nan)
+    moe.grouped_experts(x, gate_up, down, logits, shape.num_chosen, True, None, out)
+    assert close(out, exact)
     if num_tokens <= 5:
         norm_weight = randn(shape.hidden_size, dtype=dtype)
         routed = moe.route(logits, shape.num_chosen, True)
-        out = moe.few_tokens_experts(x, norm_weight, EPS, gate_up, down, *routed)
+        out = moe.few_tokens_experts(x, norm_weight, EPS, gate_up, down, *routed, x)
         normed = rms_norm(x, norm_weight, EPS).double()
         exact = run_experts(normed, gate_up.double(), down.double(), weights.double(), chosen)
         assert close(out, x.double() + exact)
+        out = torch.full_like(x, math.nan)
+        moe.few_tokens_experts(x, norm_weight, EPS, gate_up, down, *routed, None, out)
+        assert close(out, exact)
 
 
 @runs_kernels
@@ -845,7 +852,7 @@ def test_experts_of_any_number_of_tokens() -> None:
         exact = run_experts(x.double(), *exact_weights, weights.double(), chosen)
         garbage = torch.full((1 << 20,), math.nan, device=DEVICE, dtype=torch.bfloat16)
         del garbage  # what is allocated next lies there
-        out = moe.grouped_experts(x, residual, gate_up, down, logits, 4, True)
+        out = moe.grouped_experts(x, gate_up, down, logits, 4, True, residual)
         assert close(out, residual.double() + exact), num_tokens
 
 
@@ -869,12 +876,12 @@ def test_experts_past_32_bits(num_tokens: int) -> None:
     weights, chosen = twin_route(logits[:, -4:], 2, True)
     last = gate_up[-4:].float(), down[-4:].float()
     exact = run_experts(x.float(), *last, weights, chosen)
-    out = moe.grouped_experts(x, residual, gate_up, down, logits, 2, True)
+    out = moe.grouped_experts(x, gate_up, down, logits, 2, True, residual)
     assert close(out, residual.float() + exact)
     if num_tokens == 1:
         norm_weight = randn(hidden_size, dtype=torch.bfloat16)
         routed = moe.route(logits, 2, True)
-        out = moe.few_tokens_experts(x, norm_weight, EPS, gate_up, down, *routed)
+        out = moe.few_tokens_experts(x, norm_weight, EPS, gate_up, down, *routed, x)
         exact = run_experts(rms_norm(x, norm_weight, EPS).float(), *last, weights, chosen)
         assert close(out, x.float() + exact)
 
@@ -1358,19 +1365,124 @@ def test_resolve_and_embed_equals_its_twin(dtype: torch.dtype) -> None:
     assert torch.equal(positions, expected_positions)
 
 
+@runs_kernels
+@dtypes
+def test_embeddings_of_a_part_of_the_vocabulary(dtype: torch.dtype) -> None:
+    from nanovllm.kernels import embedding
+
+    weight, sampled = randn(50, 1500, dtype=dtype), torch.tensor([120, 99], device=DEVICE)
+    inputs = int32([-1 - 100, -1 - 149, -1 - 150, -1, 0, 1]), sampled, int32([1, 2, 3, 4, 5, 6])
+    out = torch.full((6, 1500), math.nan, dtype=dtype, device=DEVICE)
+    found, _ = embedding.resolve_and_embed(*inputs, weight, 100, out)
+    expected = resolve_and_embed(*inputs, weight, 100)[0]
+    assert found is out
+    assert torch.equal(out, expected)
+    assert out[[0, 1, 4]].any(dim=1).all()
+    assert not out[[2, 3, 5]].any()
+
+
+@runs_kernels
+@dtypes
+def test_keys_of_a_part_of_the_vocabulary(dtype: torch.dtype) -> None:
+    from nanovllm.kernels import sampler
+
+    num_seqs, size = (64, 75_968) if CUDA else (6, 2500)
+    logits = 3 * randn(num_seqs, 2 * size, dtype=dtype)
+    logits[0] = logits[0].round()
+    logits[1] = 0.0
+    logits[1, :size] = -0.0
+    temperatures = torch.rand(num_seqs, device=DEVICE)
+    temperatures[:3] = 0
+    numbers = torch.randint(-(2**62), 2**62, (2, num_seqs), device=DEVICE)
+    parts = [part.contiguous() for part in logits.split(size, dim=1)]
+    keys = [
+        sampler.sample(part, temperatures, *numbers, first_id=n * size)
+        for n, part in enumerate(parts)
+    ]
+    expected = sampler.sample(logits, temperatures, *numbers)
+    assert torch.equal(ids_of(torch.stack(keys).amax(0)), expected)
+    for n, part in enumerate(parts):
+        twin = sample(part, temperatures, *numbers, first_id=n * size)
+        assert torch.equal(ids_of(keys[n]), ids_of(twin))
+        assert torch.equal(keys[n][:3], twin[:3])
+
+
+# ---- sums over ranks: one after the other here, and none waits, since all seem to have been there
+
+
+def rank_memory(
+    parts: list[Tensor], padding: int = 64
+) -> tuple[list[Tensor], list[Peers], list[Tensor]]:
+    """Memory for each rank's part, behind some padding; and how each rank sees all of it."""
+    from nanovllm.kernels.all_reduce import MAX_PROGRAMS
+
+    num_ranks = len(parts)
+    places, peers = [], []
+    memories = [torch.full((2 * padding + x.numel(),), 77, dtype=x.dtype) for x in parts]
+    memories = [memory.to(DEVICE) for memory in memories]
+    meetings = torch.full((num_ranks, MAX_PROGRAMS, num_ranks), 1 << 62, device=DEVICE)
+    buffers = torch.tensor([memory.data_ptr() for memory in memories], device=DEVICE)
+    starts = torch.tensor([part.data_ptr() for part in meetings], device=DEVICE)
+    for rank, (memory, x) in enumerate(zip(memories, parts, strict=True)):
+        places.append(memory[padding : padding + x.numel()].view(x.shape).copy_(x))
+        counts = torch.zeros(MAX_PROGRAMS, dtype=torch.int64, device=DEVICE)
+        peers.append(Peers(buffers, starts, counts, rank, num_ranks))
+    return places, peers, [*memories, meetings]
+
+
+@runs_kernels
+@dtypes
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 1000), (2, 4096), (40, 1224)], ids=str)
+def test_sums_over_ranks(shape: tuple[int, int], num_ranks: int, dtype: torch.dtype) -> None:
+    from nanovllm.kernels import all_reduce
+
+    parts = [randn(*shape, dtype=dtype) for _ in range(num_ranks)]
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    places, peers, memories = rank_memory(parts)
+    for x, view, memory in zip(places, peers, memories, strict=False):
+        out = all_reduce.one_shot(x, view, memory.data_ptr())
+        assert torch.equal(out, total.to(dtype))
+    for x, view, memory in zip(places, peers, memories, strict=False):
+        out = all_reduce.gather(x, view, memory.data_ptr())
+        assert torch.equal(out, torch.cat(parts, dim=1))
+    for x, view, memory in zip(places, peers, memories, strict=False):
+        assert all_reduce.two_shot(x, view, memory.data_ptr()) is x
+    for x, memory in zip(places, memories, strict=False):
+        assert torch.equal(x, total.to(dtype))
+        assert (memory[:64] == 77).all()
+        assert (memory[-64:] == 77).all()
+
+
+@runs_kernels
+def test_the_largest_of_the_ranks_keys() -> None:
+    from nanovllm.kernels import all_reduce
+
+    keys = [torch.randint(-(2**63), 2**63 - 1, (300,), device=DEVICE) for _ in range(3)]
+    places, peers, memories = rank_memory(keys)
+    for x, view, memory in zip(places, peers, memories, strict=False):
+        out = all_reduce.one_shot(x, view, memory.data_ptr(), maximum=True)
+        assert torch.equal(out, torch.stack(keys).amax(0))
+
+
 # ---- compiled for GPUs that are not here
 
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 # The elementwise kernels need next to no shared memory: any one target shows that they compile.
 LAUNCHES = [(90, "elementwise")]
 LAUNCHES += [
-    (sm, name) for sm in SHARED_BYTES for name in ("decode", "prefill", "linear", "experts")
+    (sm, name)
+    for sm in SHARED_BYTES
+    for name in ("decode", "prefill", "linear", "experts", "all-reduce")
 ]
 
 
 def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the launches of one kind, on tensors that no kernel will touch."""
     from nanovllm.kernels import (
+        all_reduce,
         attention,
         embedding,
         filters,
@@ -1402,13 +1514,22 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         gate_up, down = empty(128, 1536, 2048), empty(128, 2048, 768)
         x = empty(4, 2048)
         routed = moe.route(empty(4, 128), 8, True)
-        moe.few_tokens_experts(x, x[0], EPS, gate_up, down, *routed)
+        moe.few_tokens_experts(x, x[0], EPS, gate_up, down, *routed, x)
+        moe.few_tokens_experts(x, x[0], EPS, gate_up, down, *routed, None)
         for num_tokens in (5, 500, 3000):
             x = empty(num_tokens, 2048)
-            moe.grouped_experts(x, x, gate_up, down, empty(num_tokens, 128), 8, True)
+            moe.grouped_experts(x, gate_up, down, empty(num_tokens, 128), 8, True, x)
         full = (empty(*size, dtype=torch.float32) for size in ((4, 96, 64), (4, 64, 48)))
         x, logits = empty(9, 64, dtype=torch.float32), empty(9, 4, dtype=torch.float32)
-        moe.grouped_experts(x, x, *full, logits, 2, True)
+        moe.grouped_experts(x, *full, logits, 2, True, x)
+    elif name == "all-reduce":
+        for num_ranks in (2, 4):
+            peers = all_reduce.Peers(longs, longs, longs, 1, num_ranks)
+            for x in (empty(2, 4096), empty(2, 4096, dtype=torch.float32)):
+                all_reduce.one_shot(x, peers, x.data_ptr())
+                all_reduce.two_shot(x, peers, x.data_ptr())
+                all_reduce.gather(x, peers, x.data_ptr())
+            all_reduce.one_shot(longs, peers, longs.data_ptr(), maximum=True)
     elif name == "prefill":
         monkeypatch.setattr(attention, "has_tma", lambda _: capability >= 90)
         monkeypatch.setattr(attention, "shared_memory", lambda _: shared_bytes)
@@ -1428,6 +1549,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         fused.rms_norm(x, x[0], EPS)
         fused.silu_and_mul(x)
         embedding.resolve_and_embed(lens, longs, lens, x)
+        embedding.resolve_and_embed(lens, longs, lens, x, 4)
         weight = empty(128)
         fused.qk_norm_rope_store(
             x, weight, weight, EPS, cos_sin, longs, cache, cache, lens, 16, 8, write_key=True
@@ -1436,6 +1558,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         logits, floats = empty(4, 151_936), empty(4, dtype=torch.float32)
         sampler.sample(logits, floats, longs, longs)
         sampler.sample(logits, floats, longs, longs, floats)
+        sampler.sample(logits, floats, longs, longs, first_id=151_936)
         filters.kept_threshold(logits, floats, lens, floats, floats)
     else:
         x = empty(2, 4096)

@@ -5,13 +5,14 @@ Tokens of all sequences lie in one row; a `Context` says where each sequence's b
 
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.engine.decode_graphs import DecodeRow, StepTensors
+from nanovllm.engine.sampling import SamplingTensors
 from nanovllm.engine.scheduler import ScheduledSequence
 from nanovllm.layers.filters import Filters
 from nanovllm.sampling_params import SamplingParams
@@ -19,17 +20,9 @@ from nanovllm.utils.context import Context
 from nanovllm.utils.device import to_device
 
 
-class SamplingTensors(NamedTuple):
-    """How each of a step's sequences samples, as `layers.sampler.sample` wants it.
-
-    temperatures: float32; seeds, positions (of the tokens sampled from): int64; all [num_sampled].
-    filters: None if no sequence has any.
-    """
-
-    temperatures: Tensor
-    seeds: Tensor
-    positions: Tensor
-    filters: Filters | None
+def has_filters(params: SamplingParams) -> bool:
+    """True if not every token may be sampled."""
+    return bool(params.top_k or params.top_p < 1 or params.min_p)
 
 
 class BatchLayout:
@@ -55,7 +48,7 @@ class BatchLayout:
 
     def prefill(self, items: list[ScheduledSequence]) -> tuple[Tensor, Context]:
         """input_ids, int64 [num_tokens], and the layout of a prefill step."""
-        input_ids = [np.array(item.seq.token_ids[item.start : item.end]) for item in items]
+        input_ids = [np.array(item.token_ids) for item in items]
         positions = [np.arange(item.start, item.end) for item in items]
         query_lens = [item.end - item.start for item in items]
         key_lens = [item.end for item in items]
@@ -98,7 +91,7 @@ class BatchLayout:
         return [self._decode_row(item) for item in items]
 
     def sampling(self, items: list[ScheduledSequence]) -> SamplingTensors:
-        """How the sequences that a prefill samples for do it."""
+        """How sequences that a step samples for do it."""
         return SamplingTensors(
             self._tensor([item.seq.params.temperature for item in items], torch.float32),
             self._tensor([item.seq.seed for item in items], torch.int64),
@@ -108,10 +101,8 @@ class BatchLayout:
 
     def _decode_row(self, item: ScheduledSequence) -> DecodeRow:
         seq = item.seq
-        if item.start < len(seq.token_ids):
-            source = -1 - seq.token_ids[item.start]
-        else:
-            source = self._sampled_rows[seq.seq_id]
+        known = item.token_ids
+        source = -1 - known[0] if known else self._sampled_rows[seq.seq_id]
         return DecodeRow(
             source,
             self._slot(item),
@@ -127,7 +118,7 @@ class BatchLayout:
     def _filters(self, items: list[ScheduledSequence]) -> Filters | None:
         """What each item keeps to sample from; None if all keep everything."""
         params = [item.seq.params for item in items]
-        if not any(p.top_k or p.top_p < 1 or p.min_p for p in params):
+        if not any(map(has_filters, params)):
             return None
         return Filters(
             self._tensor([self._top_k(p) for p in params], torch.int32),

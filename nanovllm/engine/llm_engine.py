@@ -28,6 +28,7 @@ from nanovllm.engine.inputs import (
 )
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.outputs import Launched
+from nanovllm.engine.parallel_runner import make_runner
 from nanovllm.engine.progress import Progress
 from nanovllm.engine.results import Result, Stream, result
 from nanovllm.engine.scheduler import Batch, Scheduler
@@ -69,7 +70,7 @@ class LLMEngine:
         self.config = config
         with ThreadPoolExecutor(1) as pool:  # beside the model: importing it takes seconds
             tokenizer = pool.submit(load_tokenizer, config)
-            self.model_runner: ModelRunner | None = ModelRunner(config)
+            self.model_runner: ModelRunner | None = make_runner(config)
         try:
             self._tokenizer = tokenizer.result()
             self.stop_ids = find_stop_ids(config, self._tokenizer)

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,24 +12,23 @@ from torch import Tensor, nn
 
 from nanovllm import kernels
 from nanovllm.config import Config, check_pool_size
-from nanovllm.engine.batch_layout import BatchLayout, SamplingTensors, dry_prefills
+from nanovllm.engine.batch_layout import BatchLayout, dry_prefills, has_filters
 from nanovllm.engine.decode_graphs import DecodeGraphs, StepInputs, StepTensors
 from nanovllm.engine.outputs import HostOutputs, Launched
+from nanovllm.engine.sampling import Sampler, SamplingTensors
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
-from nanovllm.kernels import kernel_of
 from nanovllm.layers.attention import BACKENDS, Attention, select_backend
-from nanovllm.layers.embed_head import resolve_and_embed
-from nanovllm.layers.filters import Filters, kept_threshold
+from nanovllm.layers.filters import Filters
 from nanovllm.layers.linear import Linear
-from nanovllm.layers.logprobs import token_logprobs
+from nanovllm.layers.logprobs import ROWS_AT_A_TIME
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.products import first_sizes
-from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
 from nanovllm.utils.loader import check_checkpoint, checkpoint_shapes, fill_random, load_weights
 from nanovllm.utils.memory import CudaBudget, cpu_pool_budget, memory_for, require_memory
+from nanovllm.utils.parallel import RankGroup
 from nanovllm.utils.timer import logged
 
 logger = logging.getLogger("nanovllm")
@@ -38,7 +36,7 @@ _building = Lock()
 
 
 class ModelRunner:
-    """Owns every tensor of an engine: the model's parameters, the KV pool, the CUDA graphs.
+    """Owns every tensor of an engine, or one rank's: parameters, KV pool, CUDA graphs.
 
     After construction the model is loaded, its memory measured and the pool allocated:
     `kv_cache` is [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim], and each
@@ -46,14 +44,17 @@ class ModelRunner:
 
     Args:
         config: the engine's options.
+        group: of the ranks that share the model; each does the same as all others.
 
     Raises:
         ValueError: a device, dtype or back end that this machine does not have; a checkpoint that
             does not fit the model; memory too small for one sequence of max_model_len.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config, model = config, config.model_config
+    def __init__(self, config: Config, group: RankGroup | None = None) -> None:
+        self.config = config
+        self.group = RankGroup() if group is None else group
+        self.part = model = config.model_config.split(self.group.size)
         self.block_size = config.kvcache_block_size
         self.blocks_per_seq = -(-config.max_model_len // self.block_size)
         self.device = resolve_device(config.device)
@@ -61,10 +62,11 @@ class ModelRunner:
         self.backend = select_backend(
             config.attention_backend, self.device, self.dtype, self.block_size, model.head_dim
         )
-        self.layout = BatchLayout(self.block_size, model.vocab_size, self.device)
+        self.layout = BatchLayout(self.block_size, config.model_config.vocab_size, self.device)
         # Of a GPU one engine at a time: what it takes shows in the process's memory.
         alone = _building if self.device.type == "cuda" else nullcontext()
         with alone, own_modes(self.device, inference=False):
+            self.group.reserve(self._exchanged_bytes())
             budget = CudaBudget(self.device) if self.device.type == "cuda" else None
             with memory_for("the weights", "the model is too large for what is free"):
                 self.model = self._load_model()
@@ -80,6 +82,7 @@ class ModelRunner:
             else:
                 block_bytes = self._bind_kv_cache(1).nbytes
                 require_memory("num_kvcache_blocks", self.num_blocks, block_bytes, self.device)
+                self.group.least(self.num_blocks)  # all of them have as much
             self.kv_cache = self._bind_kv_cache(self.num_blocks)
             if self.device.type == "cuda":
                 self._warm_up()
@@ -87,6 +90,7 @@ class ModelRunner:
                 self.graphs = self._make_graphs()
                 with logged(f"Capturing {len(self.graphs.sizes)} CUDA graphs"):
                     self.graphs.capture(self.graphs.sizes)
+        self.group.least(0)  # no rank begins before all are ready
         gib = self.kv_cache.nbytes / 2**30
         taken = ", taken as it fills" if self.device.type == "cpu" else ""
         logger.info(
@@ -120,6 +124,7 @@ class ModelRunner:
                 self.graphs.launch(self.layout.decode_rows(batch.items))
             else:
                 self._decode_step(*self.layout.decode(batch.items))
+            self._sample_filtered(sampling)
             self.layout.remember_sampled(sampling)
             return self._read_later(batch, sampling)
 
@@ -136,7 +141,7 @@ class ModelRunner:
         self.synchronize()
         with own_modes(self.device, inference=False):
             self.model.unpack()
-            load_weights(self.model, model_dir)
+            load_weights(self.model, model_dir, self._shapes, self.group)
             self.model.pack()
 
     def new_seed(self) -> int:
@@ -151,7 +156,7 @@ class ModelRunner:
     def free(self) -> None:
         """Give the memory back. The runner is of no use afterwards."""
         self.synchronize()
-        for name in ("model", "kv_cache", "graphs", "sampled", "logits", "decode_workspace"):
+        for name in ("model", "kv_cache", "graphs", "sampler", "decode_workspace"):
             self.__dict__.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
@@ -159,42 +164,38 @@ class ModelRunner:
 
     # --- setting up
 
+    def _exchanged_bytes(self) -> int:
+        """The most that is summed over the ranks, or gathered, at a time."""
+        num_tokens = max(self.config.max_num_batched_tokens, self.config.max_num_seqs)
+        most = max(num_tokens * self.part.hidden_size, ROWS_AT_A_TIME * self.part.vocab_size)
+        return most * self.dtype.itemsize
+
     def _load_model(self) -> Qwen3ForCausalLM:
         config, backend = self.config, BACKENDS[self.backend]
-        options = {"device": self.device, "dtype": self.dtype}
-        model = Qwen3ForCausalLM(config.model_config, backend, config.max_model_len, **options)
+        how = backend, config.max_model_len, self.group
+        model = Qwen3ForCausalLM(self.part, *how, device=self.device, dtype=self.dtype)
+        whole = model
+        if self.group.size > 1:
+            whole = Qwen3ForCausalLM(config.model_config, backend, 1, device=torch.device("meta"))
+        self._shapes = checkpoint_shapes(whole)
         with logged(f"Loading {config.model_dir}"):
             if config.load_format == "dummy":
                 fill_random(model)
             else:
-                load_weights(model, config.model_dir)
-            self._shapes = checkpoint_shapes(model)
+                load_weights(model, config.model_dir, self._shapes, self.group)
             model.pack()
         return model.eval()
 
     def _allocate_step_memory(self) -> None:
-        """What steps are given from outside the model.
-
-        Logits and sampled ids have one place for all graphs, so that what a replay has left there
-        can be read; and the kernels their scratch.
-        """
-        size, model = self.config.max_num_seqs, self.config.model_config
+        """What steps are given from outside the model: a place for logits and ids, scratch."""
+        size, model = self.config.max_num_seqs, self.part
         row_bytes = model.vocab_size * self.dtype.itemsize + 16 * (2 + MAX_LOGPROBS)
         require_memory("max_num_seqs", size, row_bytes, self.device)
         on_cuda = self.device.type == "cuda"
-        self.sampled = torch.zeros(size, dtype=torch.int64, device=self.device)
-        self.logits = torch.empty(size, model.vocab_size, dtype=self.dtype, device=self.device)
+        self.sampler = Sampler(size, model.vocab_size, self.group, self.device, self.dtype)
         self.host_outputs = [HostOutputs(size, 1 + MAX_LOGPROBS, on_cuda) for _ in range(2)]
-        self.embed = kernel_of(resolve_and_embed, "embedding", self.device)
-        self.kept_threshold = kernel_of(kept_threshold, "filters", self.device)
-        self.sample: Callable[..., Tensor] = sample
         limits = size, self.config.max_model_len, {"device": self.device, "dtype": self.dtype}
         self.decode_workspace = BACKENDS[self.backend].workspace(model, *limits)
-        if kernels.usable(self.device):
-            from nanovllm.kernels.sampler import sample as kernel
-            from nanovllm.kernels.sampler import sample_workspace
-
-            self.sample = partial(kernel, workspace=sample_workspace(size, self.device))
 
     def _derive_num_blocks(self, budget: CudaBudget | None) -> int:
         """How many blocks the memory holds, at most what the largest batch could need on a CPU."""
@@ -204,15 +205,17 @@ class ModelRunner:
             num_blocks = min(cpu_pool_budget() // block_bytes, largest)
         else:
             self._run_largest_prefill()
-            graph_bytes = budget.growth_of(self._capture_largest) if self._can_capture() else 0
-            pool_bytes = budget.pool_bytes(self.config.gpu_memory_utilization, graph_bytes)
+            later_bytes = budget.growth_of(self._capture_largest) if self._can_capture() else 0
+            later_bytes += self.group.nbytes
+            pool_bytes = budget.pool_bytes(self.config.gpu_memory_utilization, later_bytes)
             num_blocks = max(0, pool_bytes) // block_bytes
+        num_blocks = self.group.least(num_blocks)
         check_pool_size(num_blocks, self.block_size, self.config.max_model_len)
         return num_blocks
 
     def _bind_kv_cache(self, num_blocks: int) -> Tensor:
         """A pool of num_blocks, each layer's part bound to its attention."""
-        model = self.config.model_config
+        model = self.part
         shape = 2, model.num_layers, num_blocks, self.block_size, model.num_kv_heads, model.head_dim
         what = f"a KV pool of {num_blocks} blocks of {self.block_size} tokens"
         with memory_for(
@@ -277,12 +280,18 @@ class ModelRunner:
         """A prefill of zeros that stores nothing; from_cache: it attends to the first block."""
         input_ids, context = self.layout.empty_prefill(lengths, from_cache)
         x = self.model.model.embed_tokens(input_ids)
-        logits = self.model(x, context, out=self.logits[: len(lengths)])
+        logits = self.model(x, context, out=self.sampler.logits[: len(lengths)])
         zeros = input_ids[: len(lengths)]
         halves = torch.full_like(zeros, 0.5, dtype=torch.float32)
-        for filters in (None, Filters(torch.ones_like(zeros, dtype=torch.int32), halves, halves)):
-            self._sample(logits, SamplingTensors(halves, zeros, zeros, filters))
-        token_logprobs(logits, self.sampled, zeros, min(MAX_LOGPROBS, logits.size(1)))
+        filters = Filters(torch.ones_like(zeros, dtype=torch.int32), halves, halves)
+        how = SamplingTensors(halves, zeros, zeros, filters)
+        self.sampler.sample(logits, how._replace(filters=None))
+        if self.group.size == 1:
+            self.sampler.sample(logits, how)
+        else:
+            self.sampler.sample_filtered(zeros, how)
+        self.sampler.sampled.zero_()  # garbage, where kernels are only compiled
+        self.sampler.logprobs(zeros, min(MAX_LOGPROBS, logits.size(1)))
 
     # --- CUDA graphs
 
@@ -311,21 +320,12 @@ class ModelRunner:
             key_lens: inputs.context_lens on the host; empty in a graph, which has other ones.
         """
         context = inputs.context(self.block_size, self.decode_workspace, key_lens)
-        weight = self.model.model.embed_tokens.weight
-        x, positions = self.embed(inputs.sources, self.sampled, inputs.context_lens, weight)
+        sources, sampled = inputs.sources, self.sampler.sampled
+        x, positions = self.model.model.embed_tokens.resolve(sources, sampled, inputs.context_lens)
         context.positions = positions
-        logits = self.model(x, context, out=self.logits[: len(x)])
+        logits = self.model(x, context, out=self.sampler.logits[: len(x)])
         how = SamplingTensors(inputs.temperatures, inputs.seeds, positions, inputs.filters)
-        self._sample(logits, how)
-
-    def _sample(self, logits: Tensor, sampling: SamplingTensors) -> None:
-        """Fill `sampled` from the logits [num_sampled, vocab_size]."""
-        temperatures, seeds, positions, filters = sampling
-        thresholds = None
-        if filters is not None:
-            thresholds = self.kept_threshold(logits, temperatures, *filters)
-        out = self.sampled[: len(logits)]
-        self.sample(logits, temperatures, seeds, positions, thresholds, out=out)
+        self.sampler.sample(logits, how)
 
     # --- one step
 
@@ -334,18 +334,27 @@ class ModelRunner:
     ) -> None:
         input_ids, context = self.layout.prefill(items)
         x = self.model.model.embed_tokens(input_ids)
-        logits = self.model(x, context, out=self.logits[: len(sampling)])
-        self._sample(logits, self.layout.sampling(sampling))
+        logits = self.model(x, context, out=self.sampler.logits[: len(sampling)])
+        self.sampler.sample(logits, self.layout.sampling(sampling))
+
+    def _sample_filtered(self, sampling: list[ScheduledSequence]) -> None:
+        """What the sampler leaves for later where ranks share the vocabulary."""
+        if self.group.size == 1:
+            return
+        rows = [row for row, item in enumerate(sampling) if has_filters(item.seq.params)]
+        if rows:
+            how = self.layout.sampling([sampling[row] for row in rows])
+            self.sampler.sample_filtered(to_device(rows, torch.int64, self.device), how)
 
     def _read_later(self, batch: Batch, sampling: list[ScheduledSequence]) -> Launched:
         """Start the copy of what was sampled to the host; two sets of memory take turns."""
         host = self.host_outputs[0]
         self.host_outputs.reverse()
-        ids = host.copy_ids(self.sampled[: len(sampling)])
+        ids = host.copy_ids(self.sampler.sampled[: len(sampling)])
         logprobs = None
         if asked := self._asked_logprobs(sampling):
             rows = to_device(list(asked), torch.int64, self.device)
-            found = token_logprobs(self.logits, self.sampled, rows, max(asked.values()))
+            found = self.sampler.logprobs(rows, max(asked.values()))
             logprobs = host.copy_logprobs(asked, *found)
         done = None
         if self.device.type == "cuda":

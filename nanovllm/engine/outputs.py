@@ -1,6 +1,6 @@
 """What a step gives: sampled ids and log-probabilities, on their way to the host."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ class TokenLogprobs(NamedTuple):
         return logprobs
 
 
+class Done(Protocol):
+    """What tells that a step is done: a CUDA event, or more."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+
+
 class Launched(NamedTuple):
     """A step on its way: its tensors are on the host once `done` has come.
 
@@ -37,7 +44,7 @@ class Launched(NamedTuple):
 
     batch: Batch
     ids: Tensor
-    done: torch.cuda.Event | None
+    done: Done | None
     token_logprobs: TokenLogprobs | None = None
 
     def token_ids(self) -> list[int]:

@@ -13,13 +13,20 @@ class ScheduledSequence(NamedTuple):
     """One sequence's part in a step: its tokens start..end-1 are computed.
 
     `samples` is False for a chunk of a prompt that does not reach the end of the sequence: its
-    logits are not needed.
+    logits are not needed. `first`: the place in the sequence of seq.token_ids[0], which is not 0
+    where only a step's part of a sequence has been sent.
     """
 
     seq: Sequence
     start: int
     end: int
     samples: bool
+    first: int = 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Those of the tokens whose ids are known: all, or none if it is still being sampled."""
+        return self.seq.token_ids[self.start - self.first : self.end - self.first]
 
 
 @dataclass(slots=True)

@@ -185,7 +185,8 @@ def _few_down_kernel(
         total += part * tl.load(weights + pair)
     own = token.to(tl.int64) * N + rows
     total = total.to(dtype).to(tl.float32)
-    total += tl.load(residual + own, mask=row_mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + own, mask=row_mask, other=0.0).to(tl.float32)
     tl.store(out + own, total, mask=row_mask)
 
 
@@ -197,8 +198,10 @@ def few_tokens_experts(
     down: Tensor,
     weights: Tensor,
     chosen: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """x + run_experts(rms_norm(x)), in two launches. Twins: rms_norm and run_experts.
+    """residual + run_experts(rms_norm(x)), in two launches. Twins: rms_norm and run_experts.
 
     Args:
         x: [num_tokens, hidden_size], contiguous.
@@ -206,15 +209,17 @@ def few_tokens_experts(
         gate_up: [num_experts, 2 * intermediate_size, hidden_size], contiguous, gate over up.
         down: [num_experts, hidden_size, intermediate_size], contiguous.
         weights, chosen: from route.
+        residual: [num_tokens, hidden_size], contiguous, or None: nothing is added.
 
     Returns:
-        [num_tokens, hidden_size].
+        [num_tokens, hidden_size]: `out`, if given, which must be contiguous.
     """
     (num_tokens, hidden_size), num_chosen = x.shape, chosen.size(1)
     size = down.size(2)
     assert x.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous()
+    assert residual is None or residual.is_contiguous()
     y = x.new_empty(num_tokens * num_chosen, size)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     block = min(2048, triton.next_power_of_2(hidden_size))
     rows = 4 if hidden_size <= 4096 else 2
     launch(
@@ -225,7 +230,7 @@ def few_tokens_experts(
     block = min(1024, triton.next_power_of_2(size))
     launch(
         _few_down_kernel, (triton.cdiv(hidden_size, 2), num_tokens), x,
-        y, x, down, weights, chosen, out, CHOSEN=num_chosen, N=hidden_size, K=size, ROWS=2,
+        y, residual, down, weights, chosen, out, CHOSEN=num_chosen, N=hidden_size, K=size, ROWS=2,
         BLOCK_K=block, TILES=triton.cdiv(size, block), num_warps=2,
     )  # fmt: skip
     return out
@@ -361,32 +366,35 @@ def _combine_kernel(
         row = y + (token * CHOSEN + choice) * N
         total += tl.load(row + columns, mask=mask, other=0.0).to(tl.float32)
     total = total.to(out.dtype.element_ty).to(tl.float32)
-    total += tl.load(residual + token * N + columns, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + token * N + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + token * N + columns, total, mask=mask)
 
 
 def grouped_experts(
     x: Tensor,
-    residual: Tensor,
     gate_up: Tensor,
     down: Tensor,
     logits: Tensor,
     num_chosen: int,
     renormalized: bool,
+    residual: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """residual + run_experts(x) for any number of tokens, routed by their logits. Twins: both.
 
     Args:
-        x, residual: [num_tokens, hidden_size], contiguous.
+        x: [num_tokens, hidden_size], contiguous.
         gate_up, down: as for few_tokens_experts.
         logits: [num_tokens, num_experts], contiguous.
+        residual: [num_tokens, hidden_size], contiguous, or None: nothing is added.
 
     Returns:
-        [num_tokens, hidden_size].
+        [num_tokens, hidden_size]: `out`, if given, which must be contiguous.
     """
     (num_tokens, hidden_size), (num_experts, _, size) = x.shape, down.shape
     assert x.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous()
-    assert residual.is_contiguous() and residual.shape == x.shape
+    assert residual is None or (residual.is_contiguous() and residual.shape == x.shape)
     buckets = Buckets(
         logits.new_zeros(num_experts, dtype=torch.int32),
         logits.new_empty(num_experts, num_tokens, dtype=torch.int32),
@@ -397,7 +405,7 @@ def grouped_experts(
     _grouped_product(x, gate_up, None, buckets, y, num_chosen, gated=True)
     z = x.new_empty(num_pairs, hidden_size)
     _grouped_product(y, down, weights, buckets, z, 1, gated=False)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     block = min(1024, triton.next_power_of_2(hidden_size))
     launch(
         _combine_kernel, (num_tokens, triton.cdiv(hidden_size, block)), x,

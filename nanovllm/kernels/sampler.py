@@ -54,7 +54,7 @@ def _gumbel(bits, FAST: tl.constexpr):
 def _sample_kernel(
     logits, temperatures, seeds, positions, thresholds, out, best_scores, best_ids, counters,
     row_stride, chunk, VOCAB: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    FAST: tl.constexpr, PDL: tl.constexpr,
+    FIRST_ID: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for a chunk of a row's logits; the last of a row's programs compares them all."""
     row = tl.program_id(0)
@@ -81,7 +81,8 @@ def _sample_kernel(
         logit = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
         score = logit
         if temperature > 0:
-            score = logit * logit_scale + noise_scale * _gumbel(_hash_bits(tokens, key), FAST)
+            ids = tokens if FIRST_ID is None else tokens + FIRST_ID
+            score = logit * logit_scale + noise_scale * _gumbel(_hash_bits(ids, key), FAST)
         # Ties: the lower id stays; NaN never wins.
         better = (score > best) & (logit >= threshold)
         best = tl.where(better, score, best)
@@ -100,8 +101,14 @@ def _sample_kernel(
             best_scores + partials, mask=mask, other=float("-inf"), cache_modifier=".cg"
         )
         tokens = tl.load(best_ids + partials, mask=mask, other=VOCAB - 1, cache_modifier=".cg")
-        token = tl.min(tl.where(scores == tl.max(scores, axis=0), tokens, VOCAB - 1), axis=0)
-        tl.store(out + row, token.to(tl.int64))
+        score = tl.max(scores, axis=0)
+        token = tl.min(tl.where(scores == score, tokens, VOCAB - 1), axis=0)
+        found = token.to(tl.int64)
+        if FIRST_ID is not None:  # its key: see nanovllm.layers.sampler
+            bits = (score + 0.0).to(tl.int32, bitcast=True).to(tl.int64)
+            order = bits ^ ((bits >> 63) & 0x7FFFFFFF)
+            found = (order << 32) | (0x7FFFFFFF - (found + FIRST_ID))
+        tl.store(out + row, found)
 
 
 class SampleWorkspace(NamedTuple):
@@ -132,6 +139,7 @@ def sample(
     positions: Tensor,
     thresholds: Tensor | None = None,
     out: Tensor | None = None,
+    first_id: int | None = None,
     workspace: SampleWorkspace | None = None,
 ) -> Tensor:
     """Draw one id a row from softmax(logits / temperature); the likeliest where temperature is 0.
@@ -141,6 +149,8 @@ def sample(
         temperatures: float32 [num_seqs], >= 0.
         seeds, positions: int64 [num_seqs]; the same pair draws the same noise.
         thresholds: float32 [num_seqs], only tokens with logits from there upwards are drawn.
+        first_id: the token of the first logit, where these are a part of the vocabulary. Then keys
+            are given, as by the twin.
         workspace: from sample_workspace; None allocates one, which costs a launch.
 
     Returns:
@@ -158,7 +168,7 @@ def sample(
     launch(
         _sample_kernel, (num_seqs, splits), logits,
         logits, temperatures, seeds, positions, thresholds, out, *workspace, logits.stride(0),
-        chunk, VOCAB=vocab_size, MAX_SPLITS=MAX_SPLITS, BLOCK=block, FAST=device.type == "cuda",
-        num_warps=8,
+        chunk, VOCAB=vocab_size, MAX_SPLITS=MAX_SPLITS, BLOCK=block, FIRST_ID=first_id,
+        FAST=device.type == "cuda", num_warps=8,
     )  # fmt: skip
     return out

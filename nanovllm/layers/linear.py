@@ -14,6 +14,7 @@ from nanovllm.kernels import kernel_of
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.products import LinearInputs, ProductTable, pack, product_table
+from nanovllm.utils.parallel import RankGroup
 
 
 class Linear(nn.Module):
@@ -66,15 +67,43 @@ class Linear(nn.Module):
         Args:
             residual: [num_tokens, output_size], what the output is added to. It may be overwritten:
                 the result can be `residual` itself. Not for a gated layer.
-            out: where the output goes, contiguous. Not with a bias or a residual, nor for a gated
-                layer.
+            out: where the output goes, contiguous. Not for a gated layer.
             norm: what x goes through first.
         """
         assert not (self.is_gated and (residual is not None or out is not None))
-        assert out is None or (residual is None and self.bias is None)
         num_tokens = len(x)
         product = next(p for most, p in self.products.items() if num_tokens <= most)
         return product(LinearInputs(x, self.weight, self.act, self.bias, norm, residual, out))
+
+
+class RowParallelLinear(Linear):
+    """A linear layer of whose inputs each rank has a part, to be added up to the outputs.
+
+    What else is added, bias and residual, rank 0 adds to its part.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        group: RankGroup,
+        bias: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(input_size, output_size, bias and group.rank == 0, **options)
+        self.group = group
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
+        assert out is None
+        out = self.group.output_for(x, self.weight.size(0))
+        residual = residual if self.group.rank == 0 else None
+        return self.group.all_reduce(super().forward(x, residual, out, norm))
 
 
 class MergedLinear(Linear):

@@ -6,7 +6,7 @@ is here is computed one expert after the other; for kernels see nanovllm.kernels
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear
 from nanovllm.model_config import ModelConfig
+from nanovllm.utils.parallel import RankGroup
 
 # Up to how many tokens each reads the weights of its own experts, on a GPU. Measured on an H100.
 MOST_FEW = 1
@@ -89,18 +90,32 @@ class ExpertWeights(nn.Module):
             yield f"experts.{expert}.down_proj.weight", down
 
 
+class ExpertInputs(NamedTuple):
+    """What experts are given: residual + experts of norm(x) is wanted.
+
+    x: [num_tokens, hidden_size]. residual: x itself, to be overwritten, or None: nothing is added.
+    out: where the result goes; None: anywhere.
+    """
+
+    x: Tensor
+    norm: RMSNorm
+    residual: Tensor | None
+    out: Tensor | None
+
+
 class MoE(nn.Module):
     """Router and experts of a layer; in the place of an MLP."""
 
-    def __init__(self, config: ModelConfig, **options: Any) -> None:
+    def __init__(self, config: ModelConfig, group: RankGroup, **options: Any) -> None:
         super().__init__()
         assert config.experts is not None
+        self.group = group
         self.num_chosen = config.experts.num_chosen
         self.renormalized = config.experts.renormalized
         self.gate = Linear(config.hidden_size, config.experts.num_experts, **options)
         self.experts = ExpertWeights(config, **options)
         # By the most tokens that each is for, as nanovllm.layers.products has it.
-        self.products: dict[float, Callable[[Tensor, RMSNorm], Tensor]] = {math.inf: self._plain}
+        self.products: dict[float, Callable[[ExpertInputs], Tensor]] = {math.inf: self._plain}
         if kernels.usable(self.experts.down.device):
             from nanovllm.kernels.moe import token_tile_borders
 
@@ -109,24 +124,37 @@ class MoE(nn.Module):
             self.products |= dict.fromkeys((*borders, math.inf), self._grouped)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """x [num_tokens, hidden_size], overwritten, -> x + experts of norm(x)."""
-        return next(run for most, run in self.products.items() if len(x) <= most)(x, norm)
+        """x [num_tokens, hidden_size], overwritten, -> x + experts of norm(x).
 
-    def _plain(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        Every rank routes for itself, to the same experts, and has a part of each expert's MLP.
+        """
+        run = next(run for most, run in self.products.items() if len(x) <= most)
+        residual = x if self.group.rank == 0 else None
+        out = self.group.output_for(x, x.size(1))
+        return self.group.all_reduce(run(ExpertInputs(x, norm, residual, out)))
+
+    def _plain(self, inputs: ExpertInputs) -> Tensor:
+        x, norm, residual, out = inputs
         y = norm(x)
         weights, chosen = route(self.gate(y), self.num_chosen, self.renormalized)
-        return x.add_(run_experts(y, self.experts.gate_up, self.experts.down, weights, chosen))
+        y = run_experts(y, self.experts.gate_up, self.experts.down, weights, chosen)
+        y = y if residual is None else residual.add_(y)
+        return y if out is None else out.copy_(y)
 
-    def _few_tokens(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def _few_tokens(self, inputs: ExpertInputs) -> Tensor:
         """Four launches: the router, its choice, gate and up, down."""
         from nanovllm.kernels import moe
 
+        x, norm, residual, out = inputs
         routed = moe.route(self.gate(x, norm=norm), self.num_chosen, self.renormalized)
         weights = self.experts.gate_up, self.experts.down
-        return moe.few_tokens_experts(x, norm.weight, norm.eps, *weights, *routed)
+        normed = x, norm.weight, norm.eps
+        return moe.few_tokens_experts(*normed, *weights, *routed, residual=residual, out=out)
 
-    def _grouped(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def _grouped(self, inputs: ExpertInputs) -> Tensor:
         from nanovllm.kernels.moe import grouped_experts
 
-        y, weights = norm(x), (self.experts.gate_up, self.experts.down)
-        return grouped_experts(y, x, *weights, self.gate(y), self.num_chosen, self.renormalized)
+        x, norm, residual, out = inputs
+        y = norm(x)
+        how = self.experts.gate_up, self.experts.down, self.gate(y), self.num_chosen
+        return grouped_experts(y, *how, self.renormalized, residual=residual, out=out)

@@ -23,8 +23,8 @@ class LinearInputs(NamedTuple):
 
     x: [num_tokens, input_size]. weight: [num_rows, input_size]. act: for a gated layer, what makes
     SiLU of the first half of the columns, times the second half, of the product. bias: [num_rows].
-    residual: [num_tokens, num_rows], may be overwritten. out: [num_tokens, num_rows], to be filled;
-    only where nothing follows the matrix product. None: there is none of it.
+    residual: [num_tokens, num_rows], may be overwritten. out: [num_tokens, num_rows], to be filled,
+    which may be `residual`; not in a gated layer. None: there is none of it.
     """
 
     x: Tensor
@@ -53,14 +53,17 @@ def first_sizes(products: Mapping[float, object]) -> set[int]:
 def plain(inputs: LinearInputs) -> Tensor:
     """PyTorch's product, its parts one after the other: what the others are compared with."""
     x, weight, bias, residual = inputs.normed(), inputs.weight, inputs.bias, inputs.residual
-    if inputs.out is not None:
-        return torch.mm(x, weight.T, out=inputs.out)
-    if residual is None:
-        y = F.linear(x, weight, bias)
-        return y if inputs.act is None else inputs.act(y)
-    if bias is None and x.is_cuda:  # within the matrix product, and rounded once
-        return residual.addmm_(x, weight.T)
-    return residual.add_(F.linear(x, weight, bias))
+    out = residual if inputs.out is None else inputs.out
+    if residual is not None and bias is None and x.is_cuda:  # in the product, and rounded once
+        return torch.addmm(residual, x, weight.T, out=out)
+    if residual is None and bias is None and out is not None:
+        return torch.mm(x, weight.T, out=out)
+    y = F.linear(x, weight, bias)
+    if inputs.act is not None:
+        y = inputs.act(y)
+    if residual is not None:
+        return torch.add(residual, y, out=out)
+    return y if out is None else out.copy_(y)
 
 
 def onednn(inputs: LinearInputs) -> Tensor:

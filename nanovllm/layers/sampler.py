@@ -24,6 +24,7 @@ def sample(
     positions: Tensor,
     thresholds: Tensor | None = None,
     out: Tensor | None = None,
+    first_id: int | None = None,
 ) -> Tensor:
     """Draw one id a row from softmax(logits / temperature); the likeliest where temperature is 0.
 
@@ -32,24 +33,47 @@ def sample(
         temperatures: float32 [num_seqs], >= 0.
         seeds, positions: int64 [num_seqs]; the same pair draws the same noise.
         thresholds: float32 [num_seqs], only tokens with logits from there upwards are drawn.
+        first_id: the token of the first logit, where these are a part of the vocabulary. Then keys
+            are given: of all parts' keys for a row, the largest holds the id (see ids_of).
 
     Returns:
         int64 [num_seqs]: `out`, if given.
     """
     ids = argmax(logits)
+    best = None if first_id is None else logits.gather(1, ids[:, None])[:, 0].float()
     keys = _mix64(_mix64(seeds + _signed(0x9E3779B97F4A7C15, 64)) ^ positions)
     vocab_size = logits.size(1)
     for rows in temperatures.nonzero().flatten().split(max(1, NUM_AT_A_TIME // vocab_size)):
         if not len(rows):  # all are greedy
             break
         temperature = temperatures[rows, None]
-        noise = _gumbel(_random_bits(keys[rows], vocab_size))
+        noise = _gumbel(_random_bits(keys[rows], first_id or 0, vocab_size))
         # Above 1 the logits are divided instead, so that no product overflows.
         scores = noise * temperature.clamp(max=1) + logits[rows] / temperature.clamp(min=1)
         if thresholds is not None:
             scores = scores.where(logits[rows] >= thresholds[rows, None], -math.inf)
-        ids[rows] = argmax(scores)
+        ids[rows] = found = argmax(scores)
+        if best is not None:
+            best[rows] = scores.gather(1, found[:, None])[:, 0]
+    if first_id is not None and best is not None:
+        ids = _keys_of(best, ids + first_id)
     return ids if out is None else out.copy_(ids)
+
+
+# A key has a score's bits, so turned that keys are ordered as scores are, over 32 bits of which the
+# smaller id of equal scores has the larger.
+LARGEST_ID = (1 << 31) - 1
+
+
+def _keys_of(scores: Tensor, ids: Tensor) -> Tensor:
+    """float32 and int64 [n] -> int64 [n]."""
+    bits = (scores + 0.0).view(torch.int32).long()  # -0 is 0
+    return ((bits ^ ((bits >> 63) & 0x7FFFFFFF)) << 32) | (LARGEST_ID - ids)
+
+
+def ids_of(keys: Tensor, out: Tensor | None = None) -> Tensor:
+    """The token ids in what `sample` gives for parts of a vocabulary: int64 [n], `out` if given."""
+    return torch.bitwise_and(keys.bitwise_not(), LARGEST_ID, out=out)
 
 
 def argmax(x: Tensor) -> Tensor:
@@ -72,12 +96,12 @@ def argmax(x: Tensor) -> Tensor:
     return ids
 
 
-def _random_bits(keys: Tensor, size: int) -> Tensor:
-    """32 random bits for each key, int64 [n], and token id 0 .. size - 1: int32 [n, size].
+def _random_bits(keys: Tensor, first_id: int, size: int) -> Tensor:
+    """32 random bits for each key, int64 [n], and each of `size` token ids: int32 [n, size].
 
     The mixer lowbias32, keyed twice: a bijection of the token ids for each key.
     """
-    tokens = torch.arange(size, dtype=torch.int32, device=keys.device)
+    tokens = torch.arange(first_id, first_id + size, dtype=torch.int32, device=keys.device)
     low, high = keys.view(torch.int32).view(-1, 2, 1).unbind(1)  # little-endian
     x = tokens ^ low
     x = ((x ^ _shift(x, 16, 32)) * _signed(0x7FEB352D, 32)) ^ high

@@ -9,6 +9,9 @@ knows where one sequence ends.
 Each half of a layer adds something to the stream x: its first linear layer is handed the norm that
 x goes through before it, its last one what its output is added to. So a layer can do all of it in
 one launch where that is faster.
+
+Where several ranks share a model, each has some heads, a part of each MLP and of the vocabulary;
+the halves of a layer end with a sum over the ranks, so that x is whole everywhere.
 """
 
 from collections.abc import Iterator
@@ -19,18 +22,24 @@ from torch import Tensor, nn
 from nanovllm.layers.attention import Attention, Backend
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import GatedLinear, Linear, MergedLinear
+from nanovllm.layers.linear import GatedLinear, Linear, MergedLinear, RowParallelLinear
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.context import Context
+from nanovllm.utils.parallel import RankGroup
 
 
 class Qwen3Attention(nn.Module):
     """Grouped-query attention; Qwen3 norms each head of q and k, others have biases or neither."""
 
     def __init__(
-        self, config: ModelConfig, backend: Backend, rotary_emb: RotaryEmbedding, **options: Any
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        rotary_emb: RotaryEmbedding,
+        group: RankGroup,
+        **options: Any,
     ) -> None:
         super().__init__()
         q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
@@ -40,7 +49,9 @@ class Qwen3Attention(nn.Module):
             bias=config.qkv_bias,
             **options,
         )
-        self.o_proj = Linear(q_size, config.hidden_size, bias=config.output_bias, **options)
+        self.o_proj = RowParallelLinear(
+            q_size, config.hidden_size, group, bias=config.output_bias, **options
+        )
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, **options)
@@ -72,12 +83,12 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     """SiLU-gated MLP."""
 
-    def __init__(self, config: ModelConfig, **options: Any) -> None:
+    def __init__(self, config: ModelConfig, group: RankGroup, **options: Any) -> None:
         super().__init__()
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
         options["bias"] = config.mlp_bias
         self.gate_up_proj = GatedLinear(hidden_size, intermediate_size, **options)
-        self.down_proj = Linear(intermediate_size, hidden_size, **options)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, group, **options)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x [num_tokens, hidden_size], overwritten, -> x + MLP of norm(x)."""
@@ -93,12 +104,14 @@ class Qwen3DecoderLayer(nn.Module):
         index: int,
         backend: Backend,
         rotary_emb: RotaryEmbedding,
+        group: RankGroup,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.self_attn = Qwen3Attention(config, backend, rotary_emb, **options)
+        self.self_attn = Qwen3Attention(config, backend, rotary_emb, group, **options)
         has_experts = config.experts is not None and index in config.experts.layers
-        self.mlp = MoE(config, **options) if has_experts else Qwen3MLP(config, **options)
+        mlp = MoE if has_experts else Qwen3MLP
+        self.mlp = mlp(config, group, **options)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
 
@@ -118,15 +131,20 @@ class Qwen3Model(nn.Module):
     """Embedding, decoder layers, final norm."""
 
     def __init__(
-        self, config: ModelConfig, backend: Backend, max_positions: int, **options: Any
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        max_positions: int,
+        group: RankGroup,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **options)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, group, **options)
         self.rotary_emb = RotaryEmbedding(
             config.head_dim, max_positions, config.rope, options.get("device")
         )
         self.layers = nn.ModuleList(
-            Qwen3DecoderLayer(config, index, backend, self.rotary_emb, **options)
+            Qwen3DecoderLayer(config, index, backend, self.rotary_emb, group, **options)
             for index in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
@@ -144,20 +162,27 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """The whole model, its parameters not initialised.
+    """The whole model, or one rank's part, its parameters not initialised.
 
     Args:
-        config: sizes and variants.
+        config: sizes and variants, of the part.
         backend: computes attention.
         max_positions: positions 0 .. max_positions - 1 may occur.
+        group: of the ranks that share the model.
         **options: device and dtype of the parameters.
     """
 
     def __init__(
-        self, config: ModelConfig, backend: Backend, max_positions: int, **options: Any
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        max_positions: int,
+        group: RankGroup | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.model = Qwen3Model(config, backend, max_positions, **options)
+        group = RankGroup() if group is None else group
+        self.model = Qwen3Model(config, backend, max_positions, group, **options)
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, **options)
         self.tie_word_embeddings = config.tie_word_embeddings
         self.unpack()
@@ -188,7 +213,8 @@ class Qwen3ForCausalLM(nn.Module):
                 sequences in a row; overwritten.
 
         Returns:
-            [num_sampled, vocab_size] in the model's dtype: `out`, if given.
+            [num_sampled, vocab_size] in the model's dtype (`out`, if given), of the vocabulary the
+            rank's part.
         """
         x = self.model(x, context)
         return self.lm_head(x, norm=self.model.norm, out=out)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.model_config import LFS_ADVICE, ModelConfig, is_lfs_pointer, read_json
+from nanovllm.utils.parallel import RankGroup
 
 CONFIG_FILES = (
     "config.json",
@@ -161,22 +162,35 @@ def check_checkpoint(shapes: dict[str, torch.Size], is_tied: bool, model_dir: Pa
         )
 
 
-def load_weights(model: nn.Module, model_dir: Path) -> None:
+def load_weights(
+    model: nn.Module,
+    model_dir: Path,
+    shapes: dict[str, torch.Size] | None = None,
+    group: RankGroup | None = None,
+) -> None:
     """Fill all of a model's parameters from the safetensors in a directory.
 
     Tensors are read straight to the parameters' device and converted to their dtype. Rotary
     frequencies, which old exports carry, are passed over.
+
+    Args:
+        shapes: the checkpoint's, where the model is one rank's part of it; None: the model's own.
+        group: of the ranks that share it: of each tensor only the rank's part is read.
 
     Raises:
         ValueError: as check_checkpoint, and then nothing has been changed; or tied weights that
             differ.
     """
     targets = checkpoint_targets(model)
+    group = RankGroup() if group is None else group
     is_tied = bool(getattr(model, "tie_word_embeddings", False))
-    check_checkpoint(checkpoint_shapes(model), is_tied, model_dir)
+    check_checkpoint(checkpoint_shapes(model) if shapes is None else shapes, is_tied, model_dir)
     filled: set[str] = set()
     for file, name in _tensors(model_dir, next(model.parameters()).device):
-        tensor, target = file.get_tensor(name), targets[name].data
+        if name not in targets:
+            continue  # another rank's
+        target = targets[name].data
+        tensor = _read_part(file, name, target.shape, group)
         is_again = is_tied and name in TIED and filled & TIED
         if is_again and not torch.equal(tensor.to(target.dtype), target):
             raise ValueError(
@@ -185,6 +199,18 @@ def load_weights(model: nn.Module, model_dir: Path) -> None:
             )
         target.copy_(tensor)
         filled.add(name)
+
+
+def _read_part(file: Any, name: str, shape: torch.Size, group: RankGroup) -> Tensor:
+    """A tensor of the checkpoint, or of the dimension in which that is larger the rank's part."""
+    whole = file.get_slice(name)
+    for dim, (whole_size, size) in enumerate(zip(whole.get_shape(), shape, strict=True)):
+        if whole_size != size:
+            start = group.part_of(whole_size, size)
+            part: Tensor = whole[(slice(None),) * dim + (slice(start, start + size),)]
+            return part
+    tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def _tensors(model_dir: Path, device: torch.device) -> Iterator[tuple[Any, str]]:
