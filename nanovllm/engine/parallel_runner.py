@@ -33,6 +33,8 @@ from nanovllm.utils.parallel import HostGroup
 T = TypeVar("T")
 # While it waits, rank 0 looks this often whether the others are still there (seconds).
 LOOK_AROUND = 0.05
+# What a GPU is given to go on after it has waited for a rank that is gone (seconds).
+RELEASE_S = 2.0
 
 
 def make_runner(config: Config) -> ModelRunner:
@@ -107,8 +109,8 @@ class ParallelRunner(ModelRunner):
         free = partial(ModelRunner.free, self)
         if self._failure is None:
             self._together(END, NOTHING, free)
-        else:
-            free()
+        else:  # in vain if a GPU still waits for a rank that is gone
+            wait([self._thread.submit(free)], RELEASE_S)
         self._end()
 
     def _raise_first(self, kind: int, model_dir: Path, work: Callable[[Path], None]) -> None:
@@ -152,8 +154,10 @@ class ParallelRunner(ModelRunner):
         """Part with the other ranks: what one of them, or this one, has begun will not be ended."""
         self._failure = error
         if self._host_group is not None:
-            self._host_group.release()
-        self._end()
+            release = Thread(target=self._host_group.release, daemon=True)
+            release.start()
+            release.join(RELEASE_S)
+        self._team.end()
 
 
 def _options_of_all(config: Config) -> dict[str, Any]:

@@ -15,13 +15,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels.launch import launch
 
 MAX_PROGRAMS = 128
 NUM_WARPS = 8
-ELEMENTS_A_THREAD = 16  # bytes: one load
+LOAD_BYTES = 16  # a thread's
 
 
 class Peers(NamedTuple):
@@ -39,35 +40,54 @@ class Peers(NamedTuple):
 
 
 @triton.jit
-def _meet(meetings, counts, RANK: tl.constexpr, RANKS: tl.constexpr) -> None:
+def _fence(FENCE: tl.constexpr) -> None:
+    """Other GPUs see each thread's writes before before its writes after; likewise reads."""
+    if FENCE:
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.sys; mov.u32 $0, 0;", "=r,r", [tl.program_id(0)], tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _meet(
+    meetings, counts, RANK: tl.constexpr, RANKS: tl.constexpr, FENCE: tl.constexpr
+) -> None:  # fmt: skip
     """Wait until this program has come here on all ranks.
 
-    What they have written before, they see after.
+    What they have written before, they see after. All ranks are told, and looked for, at a time.
     """
     program = tl.program_id(0)
-    tl.debug_barrier()  # all threads are here before one of them says so
     count = tl.load(counts + program) + 1
-    for other in tl.static_range(RANKS):
-        if other != RANK:
-            place = tl.load(meetings + other).to(tl.pointer_type(tl.int64))
-            tl.atomic_xchg(place + program * RANKS + RANK, count, sem="release", scope="sys")
-    own = tl.load(meetings + RANK).to(tl.pointer_type(tl.int64)) + program * RANKS
-    for other in tl.static_range(RANKS):
-        if other != RANK:
-            while tl.atomic_add(own + other, 0, sem="acquire", scope="sys") < count:
-                pass
+    ranks = tl.arange(0, triton.next_power_of_2(RANKS))
+    is_other = (ranks < RANKS) & (ranks != RANK)
+    places = tl.load(meetings + ranks, mask=is_other, other=0).to(tl.pointer_type(tl.int64))
+    _fence(FENCE)
+    tl.debug_barrier()  # all threads are here before one of them says so
+    told = count + tl.zeros_like(ranks)
+    tl.atomic_xchg(
+        places + (program * RANKS + RANK), told, mask=is_other, sem="relaxed", scope="sys"
+    )
+    own = tl.load(meetings + RANK).to(tl.pointer_type(tl.int64)) + program * RANKS + ranks
+    while tl.min(tl.load(own, mask=is_other, other=count, volatile=True), axis=0) < count:
+        pass
+    _fence(FENCE)
     tl.store(counts + program, count)
     tl.debug_barrier()  # no thread goes on before
 
 
 @triton.jit
-def _add_up(buffers, places, mask, like, RANKS: tl.constexpr, MAX: tl.constexpr):
+def _memory(buffers, rank, like):
+    """Where a rank's elements begin: at a multiple of 16 bytes, so that loads can be as wide."""
+    address = tl.load(buffers + rank)
+    return tl.multiple_of(address.to(tl.pointer_type(like.dtype.element_ty)), 16)
+
+
+@triton.jit
+def _add_up(buffers, offset, places, mask, like, RANKS: tl.constexpr, MAX: tl.constexpr):
     """The sum, in float32 and in the order of the ranks, or the largest of all ranks' elements."""
-    dtype: tl.constexpr = like.dtype.element_ty
     for rank in tl.static_range(RANKS):
-        part = tl.load(buffers + rank).to(tl.pointer_type(dtype))
-        # .cv: as the other GPU has written it, from no cache of this one.
-        values = tl.load(part + places, mask=mask, other=0, cache_modifier=".cv")
+        values = tl.load(_memory(buffers, rank, like) + offset + places, mask=mask, other=0)
         if rank == 0:
             total = values if MAX else values.to(tl.float32)
         else:
@@ -75,63 +95,61 @@ def _add_up(buffers, places, mask, like, RANKS: tl.constexpr, MAX: tl.constexpr)
     return total
 
 
-@triton.jit(do_not_specialize=["offset", "size"])
+@triton.jit
 def _one_shot_kernel(
     buffers, meetings, counts, out, offset, size, RANK: tl.constexpr, RANKS: tl.constexpr,
-    BLOCK: tl.constexpr, MAX: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, MAX: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK elements, of all ranks."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    _meet(meetings, counts, RANK, RANKS)
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _meet(meetings, counts, RANK, RANKS, FENCE)
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = places < size
-    tl.store(out + places, _add_up(buffers, offset + places, mask, out, RANKS, MAX), mask=mask)
+    tl.store(out + places, _add_up(buffers, offset, places, mask, out, RANKS, MAX), mask=mask)
 
 
-@triton.jit(do_not_specialize=["offset", "part"])
+@triton.jit
 def _two_shot_kernel(
     x, buffers, meetings, counts, offset, size, part, RANK: tl.constexpr, RANKS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each rank adds up its part, of `part` elements, and writes the sum to all ranks."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    _meet(meetings, counts, RANK, RANKS)
+    _meet(meetings, counts, RANK, RANKS, FENCE)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in tl.range(first, part, tl.num_programs(0) * BLOCK):
         own = start + tl.arange(0, BLOCK)
         places = RANK * part + own
         mask = (own < part) & (places < size)
-        total = _add_up(buffers, offset + places, mask, x, RANKS, False).to(x.dtype.element_ty)
+        total = _add_up(buffers, offset, places, mask, x, RANKS, False).to(x.dtype.element_ty)
         for rank in tl.static_range(RANKS):
-            target = tl.load(buffers + rank).to(tl.pointer_type(x.dtype.element_ty))
-            tl.store(target + offset + places, total, mask=mask)
-    _meet(meetings, counts, RANK, RANKS)
+            tl.store(_memory(buffers, rank, x) + offset + places, total, mask=mask)
+    _meet(meetings, counts, RANK, RANKS, FENCE)
 
 
-@triton.jit(do_not_specialize=["offset", "rows"])
+@triton.jit
 def _gather_kernel(
     buffers, meetings, counts, out, offset, rows, WIDTH: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Copy all ranks' rows of WIDTH elements, side by side."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    _meet(meetings, counts, RANK, RANKS)
+    _meet(meetings, counts, RANK, RANKS, FENCE)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in tl.range(first, rows * WIDTH, tl.num_programs(0) * BLOCK):
         places = start + tl.arange(0, BLOCK)
         mask = places < rows * WIDTH
         targets = places // WIDTH * (RANKS * WIDTH) + places % WIDTH
         for rank in tl.static_range(RANKS):
-            part = tl.load(buffers + rank).to(tl.pointer_type(out.dtype.element_ty))
-            values = tl.load(part + offset + places, mask=mask, cache_modifier=".cv")
+            values = tl.load(_memory(buffers, rank, out) + offset + places, mask=mask)
             tl.store(out + targets + rank * WIDTH, values, mask=mask)
-    _meet(meetings, counts, RANK, RANKS)  # before a rank overwrites what another reads
+    _meet(meetings, counts, RANK, RANKS, FENCE)  # before a rank overwrites what another reads
 
 
 def one_shot(x: Tensor, peers: Peers, base: int, maximum: bool = False) -> Tensor:
@@ -146,25 +164,25 @@ def one_shot(x: Tensor, peers: Peers, base: int, maximum: bool = False) -> Tenso
         maximum: of integers.
     """
     out = torch.empty_like(x)
-    block = 32 * NUM_WARPS * ELEMENTS_A_THREAD // x.element_size()
+    block = 32 * NUM_WARPS * LOAD_BYTES // x.element_size()
     while triton.cdiv(x.numel(), block) > MAX_PROGRAMS:
         block *= 2
     launch(
         _one_shot_kernel, (triton.cdiv(x.numel(), block),), x,
         *peers[:3], out, _offset(x, base), x.numel(), RANK=peers.rank, RANKS=peers.num_ranks,
-        BLOCK=block, MAX=maximum, num_warps=NUM_WARPS,
+        BLOCK=block, MAX=maximum, FENCE=not knobs.runtime.interpret, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
 
 def two_shot(x: Tensor, peers: Peers, base: int) -> Tensor:
     """The sum of all ranks' x, in its place: each rank adds up a part for all of them."""
-    block = 32 * NUM_WARPS * ELEMENTS_A_THREAD // x.element_size()
+    block = 32 * NUM_WARPS * LOAD_BYTES // x.element_size()
     part = triton.cdiv(triton.cdiv(x.numel(), peers.num_ranks), block) * block
     launch(
         _two_shot_kernel, (min(MAX_PROGRAMS, part // block),), x,
         x, *peers[:3], _offset(x, base), x.numel(), part, RANK=peers.rank, RANKS=peers.num_ranks,
-        BLOCK=block, num_warps=NUM_WARPS,
+        BLOCK=block, FENCE=not knobs.runtime.interpret, num_warps=NUM_WARPS,
     )  # fmt: skip
     return x
 
@@ -173,11 +191,11 @@ def gather(x: Tensor, peers: Peers, base: int) -> Tensor:
     """All ranks' x [num_rows, size], side by side, in new memory."""
     num_rows, width = x.shape
     out = x.new_empty(num_rows, peers.num_ranks * width)
-    block = 32 * NUM_WARPS * ELEMENTS_A_THREAD // x.element_size()
+    block = 32 * NUM_WARPS * LOAD_BYTES // x.element_size()
     launch(
         _gather_kernel, (min(MAX_PROGRAMS, triton.cdiv(x.numel(), block)),), x,
         *peers[:3], out, _offset(x, base), num_rows, WIDTH=width, RANK=peers.rank,
-        RANKS=peers.num_ranks, BLOCK=block, num_warps=NUM_WARPS,
+        RANKS=peers.num_ranks, BLOCK=block, FENCE=not knobs.runtime.interpret, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
