@@ -15,7 +15,7 @@ from nanovllm.utils.parallel import FOREVER, HostGroup
 from nanovllm.utils.peer_memory import PeerMemory
 
 # Up to how many bytes each of so many ranks adds up all of them itself. Measured on H100s.
-MOST_ONE_SHOT = {2: 1 << 20}
+MOST_ONE_SHOT = {2: 1 << 20, 4: 1 << 19}
 KEY_BYTES = 1 << 16
 # What a rank is told that waits for one that is gone: more meetings than there ever are.
 FREED = 1 << 62
