@@ -77,15 +77,8 @@ class Part(NamedTuple):
     offset: int  # of its first byte, in JSONL
 
 
-class Row(NamedTuple):
-    """A row of the input; `error` says what keeps it from being one."""
-
-    columns: Json
-    error: str | None = None
-
-
 class Jsonl:
-    """Lines of JSON. One that is none keeps its place, as {"line": ...}."""
+    """Lines of JSON. One that is none keeps its place, as {"line": ..., "error": ...}."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,13 +90,13 @@ class Jsonl:
                 yield Part(number, number * size, len(lines), offset)
                 number, offset = number + 1, offset + sum(lines)
 
-    def rows(self, part: Part) -> list[Row]:
+    def rows(self, part: Part) -> list[Json]:
         with self.path.open("rb") as file:
             file.seek(part.offset)
             return [self.row(line) for line in islice(file, part.num_rows)]
 
     @staticmethod
-    def row(line: bytes) -> Row:
+    def row(line: bytes) -> Json:
         try:
             found = json.loads(line)
             if not isinstance(found, dict):
@@ -111,12 +104,12 @@ class Jsonl:
             if taken := found.keys() & set(RESULT.names):
                 raise ValueError(f"a row must not have {sorted(taken)}, which results are called")
         except (ValueError, RecursionError) as error:
-            return Row({"line": line.decode(errors="replace").rstrip("\r\n")}, f"{error}")
-        return Row(found)
+            return {"line": line.decode(errors="replace").rstrip("\r\n"), "error": str(error)}
+        return found
 
     def write(self, file: BinaryIO, part: Part, results: list[Json]) -> None:
         for row, result in zip(self.rows(part), results, strict=True):
-            file.write(json.dumps(row.columns | result).encode() + b"\n")
+            file.write(json.dumps(row | result).encode() + b"\n")
 
     def join(self, paths: list[Path], file: BinaryIO) -> None:
         for path in paths:
@@ -160,16 +153,17 @@ class Parquet:
                 self.last_read = group, file.read_row_group(group)
         return self.last_read[1]
 
-    def rows(self, part: Part) -> list[Row]:
+    def rows(self, part: Part) -> list[Json]:
         table = self.table(part)
         return [self.row(table.slice(i, 1)) for i in range(part.num_rows)]
 
     @staticmethod
-    def row(table: pa.Table) -> Row:
+    def row(table: pa.Table) -> Json:
         try:
-            return Row(table.to_pylist()[0])
+            [found] = table.to_pylist()
         except ValueError as error:  # a text that is no UTF-8
-            return Row({}, str(error))
+            return {"error": str(error)}
+        return found
 
     def write(self, file: BinaryIO, part: Part, results: list[Json]) -> None:
         table = self.table(part)
@@ -190,21 +184,6 @@ class Parquet:
 FORMATS: dict[str, type[Jsonl] | type[Parquet]] = {".jsonl": Jsonl, ".parquet": Parquet}
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that has its name only once it is whole and on the disk."""
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
 @dataclass(frozen=True)
 class Job:
     """What is to be done, as every worker is told it."""
@@ -220,6 +199,24 @@ class Job:
 
     def path(self, part: Part) -> Path:
         return self.directory / f"part-{part.number:06}{self.source.suffix}"
+
+    @property
+    def unfinished(self) -> Path:
+        """The directory of files that are being written."""
+        return self.directory / "_unfinished"
+
+    @contextmanager
+    def whole_file(self, path: Path) -> Iterator[BinaryIO]:
+        """A file that has its name only once it is whole and on the disk."""
+        unfinished = self.unfinished / f"{path.name}.{uuid4().hex}"
+        try:
+            with unfinished.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def params(self, row: Json, number: int) -> SamplingParams:
         """The parameters of a row: its own, then the command line's; its seed by its number."""
@@ -247,7 +244,7 @@ class Worker:
         """Complete the part that is the batch's one row, and count what it took."""
         part = Part(**{name: int(column[0]) for name, column in batch.items()})
         # Only a worker that was killed leaves its unfinished file.
-        num_deaths = len(list(self.job.directory.glob(f".{self.job.path(part).name}.*")))
+        num_deaths = len(list(self.job.unfinished.glob(f"{self.job.path(part).name}.*")))
         results: list[Json] = []
         # What is raised here, Ray would show in pages, and what is raised above in a loop.
         try:
@@ -271,12 +268,12 @@ class Worker:
                 "likely for want of memory: fewer workers, or a smaller --max-num-seqs or "
                 "--max-model-len, take less"
             )
-        with whole_file(self.job.path(part)) as file:
+        with self.job.whole_file(self.job.path(part)) as file:
             results = self.complete(self.data.rows(part), part.first_row)
             self.data.write(file, part, results)
         return results
 
-    def complete(self, rows: list[Row], first_row: int) -> list[Json]:
+    def complete(self, rows: list[Json], first_row: int) -> list[Json]:
         """The results of rows, of bad ones their error."""
         results: dict[int, Json] = {}
         requests: dict[int, tuple[list[int], SamplingParams]] = {}
@@ -291,18 +288,18 @@ class Worker:
             results[index] = {name: output[name] for name in RESULT.names if name in output}
         return [results[index] for index in range(len(rows))]
 
-    def request(self, row: Row, number: int) -> tuple[list[int], SamplingParams]:
+    def request(self, row: Json, number: int) -> tuple[list[int], SamplingParams]:
         """A row's prompt and parameters, checked.
 
         Raises:
             TypeError, ValueError: what the engine would refuse, and with it all the other rows.
         """
-        if row.error is not None:
-            raise ValueError(row.error)
+        if "error" in row:
+            raise ValueError(row["error"])
         config, tokenizer = self.llm.config, self.llm.tokenizer
-        params = self.job.params(row.columns, number)
+        params = self.job.params(row, number)
         check_params(params, config, tokenizer)
-        prompt, messages = row.columns.get("prompt"), row.columns.get("messages")
+        prompt, messages = row.get("prompt"), row.get("messages")
         if (prompt is None) == (messages is None):
             raise ValueError("a row must have either a prompt or messages")
         if messages is not None:
@@ -336,19 +333,12 @@ def begin(job: Job, part_size: int) -> None:
                     f"{job.directory} was begun with {name} {before.get(name)!r}, and this is "
                     f"{value!r}: its parts cannot be used; remove it, or name another OUT"
                 )
-    elif job.directory.exists() and any(job.directory.iterdir()):
+    elif any(job.directory.glob("[!_]*")):
         raise ValueError(f"{job.directory} holds something else: name another OUT")
-    else:
-        job.directory.mkdir(parents=True, exist_ok=True)
-        with whole_file(manifest) as file:
-            file.write(json.dumps(asked, indent=1).encode())
-    remove_unfinished(job)
-
-
-def remove_unfinished(job: Job) -> None:
-    """Remove what workers that were killed have left."""
-    for path in job.directory.glob(".part-*"):
-        path.unlink(missing_ok=True)
+    shutil.rmtree(job.unfinished, ignore_errors=True)
+    job.unfinished.mkdir(parents=True)
+    with job.whole_file(manifest) as file:
+        file.write(json.dumps(asked, indent=1).encode())
 
 
 @contextmanager
@@ -445,7 +435,7 @@ def compute(job: Job, parts: list[Part], is_done: list[bool], options: Json) -> 
             bar.update(result["num_rows"])
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -470,7 +460,7 @@ def parse_args() -> argparse.Namespace:
     for name, kind in get_type_hints(Options).items():
         how = {"action": "store_true"} if kind is bool else {"type": kind}
         group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def make_job(args: argparse.Namespace) -> Job:
@@ -511,12 +501,11 @@ def main() -> None:
         if not all(is_done):
             with running_ray(args.address):
                 compute(job, parts, is_done, worker_options(args.workers, job.engine))
-        remove_unfinished(job)
         paths = [job.path(part) for part in parts]
         if args.output.suffix:
-            with whole_file(args.output.resolve()) as file:
+            with job.whole_file(args.output.resolve()) as file:
                 data.join(paths, file)
-            shutil.rmtree(job.directory)
+        shutil.rmtree(job.directory if args.output.suffix else job.unfinished)
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"batch.py: {error}")
     except (RuntimeError, RayError) as error:
