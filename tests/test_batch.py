@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,15 +82,20 @@ def some_rows(count: int) -> list[Json]:
 
 def expected(llm: LLM, rows: list[Json], **params: Any) -> list[Json]:
     """The rows with the engine's results, each with the seed of its number."""
-    found = []
-    for number, row in enumerate(rows):
-        own = SamplingParams(**{"seed": number} | params)
-        if "messages" in row:
-            [result] = llm.chat(row["messages"], own, use_tqdm=False)
-        else:
-            [result] = llm.generate([row["prompt"]], own, use_tqdm=False)
-        found.append(row | {name: result[name] for name in RESULTS})
-    return found
+    own = [SamplingParams(**{"seed": number} | params) for number in range(len(rows))]
+    prompts = [
+        llm.tokenizer.apply_chat_template(
+            row["messages"], add_generation_prompt=True, tokenize=False
+        )
+        if "messages" in row
+        else row["prompt"]
+        for row in rows
+    ]
+    results = llm.generate(prompts, own, use_tqdm=False)
+    return [
+        row | {name: result[name] for name in RESULTS}
+        for row, result in zip(rows, results, strict=True)
+    ]
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
@@ -316,6 +321,41 @@ def test_rows_that_bring_down_worker_after_worker_end_the_run(
     assert said["num_deaths"] == [3]
 
 
+def test_a_worker_that_fails_says_why(batch: ModuleType, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", some_rows(3))
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    job = make_job(batch, source, tmp_path / "out", model=model)
+    batch.begin(job, 4)
+    [part] = job.data().parts(4)
+    said = batch.Worker(job)({name: [value] for name, value in part._asdict().items()})
+    assert "model.safetensors" in said["failure"][0]
+    assert not finished_parts(job.directory)
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("a worker failed"), KeyboardInterrupt()], ids=repr)
+def test_whatever_ends_a_run_it_says_how_to_go_on(
+    raised: BaseException,
+    batch: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def end(*_: object) -> None:
+        raise raised
+
+    source = write_lines(tmp_path / "in.jsonl", some_rows(3))
+    monkeypatch.setattr(batch, "running_ray", nullcontext)
+    monkeypatch.setattr(batch, "worker_options", lambda *_: {})
+    monkeypatch.setattr(batch, "compute", end)
+    monkeypatch.setattr(sys, "argv", ["batch.py", str(source), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as caught:
+        batch.main()
+    said = f"{caught.value.code}{capsys.readouterr().err}"
+    assert "batch.py: a worker failed\n" in said or "130batch.py: interrupted\n" in said
+    assert "the same command goes on" in said
+
+
 @pytest.mark.parametrize(
     ("has", "workers", "engine", "expected"),
     [
@@ -465,18 +505,3 @@ def test_a_table_goes_in_and_a_table_comes_out(
     assert [[row[name] for name in RESULTS] for row in found] == [
         [row[name] for name in RESULTS] for row in wanted
     ]
-
-
-@pytest.mark.slow
-def test_a_worker_that_fails_ends_the_run_with_what_to_do(
-    start: Start, address: str, tmp_path: Path
-) -> None:
-    write_lines(tmp_path / "in.jsonl", some_rows(3))
-    model = tmp_path / "model"
-    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("*.safetensors"))
-    process = start("in.jsonl", "out", "--address", address, "--model", model)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (1, ""), err
-    *_, error, hint = err.splitlines()
-    assert "model.safetensors" in error
-    assert "the same command goes on" in hint
