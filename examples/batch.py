@@ -46,6 +46,7 @@ Json = dict[str, Any]
 # Parts that an engine has at a time: while the last rows of one end, those of the next fill the
 # steps (2,000 prompts in parts of 50, two workers on two cores: 3,750 tok/s instead of 2,550).
 PARTS_PER_ENGINE = 2
+PARTS_PER_ROW_GROUP = 64  # of OUT: small ones make it slow to read
 # Workers that a part may bring down, before it is believed to be the cause.
 MAX_DEATHS = 3
 # Ray holds nothing here but numbers of parts, and would take a third of the memory.
@@ -148,10 +149,11 @@ class Parquet:
 
     def row_group(self, group: int) -> pa.Table:
         """A row group, kept for the next part: it may hold many."""
-        if self.last_read is None or self.last_read[0] != group:
-            with pq.ParquetFile(self.path) as file:  # one for all threads would not be safe
-                self.last_read = group, file.read_row_group(group)
-        return self.last_read[1]
+        last_read = self.last_read  # another thread may set it meanwhile
+        if last_read is None or last_read[0] != group:
+            with pq.ParquetFile(self.path) as file:
+                last_read = self.last_read = group, file.read_row_group(group)
+        return last_read[1]
 
     def rows(self, part: Part) -> list[Json]:
         table = self.table(part)
@@ -166,19 +168,18 @@ class Parquet:
         return found
 
     def write(self, file: BinaryIO, part: Part, results: list[Json]) -> None:
-        table = self.table(part)
-        for field, column in zip(
-            RESULT, pa.Table.from_pylist(results, RESULT).columns, strict=True
-        ):
+        table, columns = self.table(part), pa.Table.from_pylist(results, RESULT).columns
+        for field, column in zip(RESULT, columns, strict=True):
             table = table.append_column(field, column)
         pq.write_table(table, file)
 
     def join(self, paths: list[Path], file: BinaryIO) -> None:
         schema = pa.schema([*self.schema, *RESULT], self.schema.metadata)
         with pq.ParquetWriter(file, schema) as writer:
-            for path in paths:
-                with pq.ParquetFile(path) as part:
-                    writer.write_table(part.read())
+            for i in range(0, len(paths), PARTS_PER_ROW_GROUP):
+                group = paths[i : i + PARTS_PER_ROW_GROUP]
+                tables = [pq.read_table(path, partitioning=None) for path in group]
+                writer.write_table(pa.concat_tables(tables))
 
 
 FORMATS: dict[str, type[Jsonl] | type[Parquet]] = {".jsonl": Jsonl, ".parquet": Parquet}
@@ -336,7 +337,7 @@ def begin(job: Job, part_size: int) -> None:
     elif any(job.directory.glob("[!_]*")):
         raise ValueError(f"{job.directory} holds something else: name another OUT")
     shutil.rmtree(job.unfinished, ignore_errors=True)
-    job.unfinished.mkdir(parents=True)
+    job.unfinished.mkdir(parents=True, exist_ok=True)
     with job.whole_file(manifest) as file:
         file.write(json.dumps(asked, indent=1).encode())
 
@@ -385,17 +386,18 @@ def worker_options(num_workers: int | None, engine: Json) -> Json:
     A worker reserves its GPUs if Ray knows of any and the engine is not told to use the CPU.
 
     Raises:
-        ValueError: there are fewer GPUs than that.
+        ValueError: there are too few GPUs, on which Ray would wait for more.
     """
-    resources = ray.cluster_resources()
-    num_cpus = resources["CPU"]
-    num_gpus = 0 if engine.get("device") == "cpu" else int(resources.get("GPU", 0))
-    gpus_each = engine.get("tensor_parallel_size", 1) if num_gpus else 0
-    if num_workers is None:
-        num_workers = max(1, num_gpus // gpus_each) if num_gpus else 1
-    if num_workers * gpus_each > num_gpus:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    num_cpus = sum(node.get("CPU", 0) for node in nodes)
+    has_gpus = engine.get("device") != "cpu" and any(node.get("GPU") for node in nodes)
+    gpus_each = engine.get("tensor_parallel_size", 1) if has_gpus else 0
+    # The GPUs of a worker are on one node.
+    room = sum(int(node.get("GPU", 0)) // gpus_each for node in nodes) if has_gpus else 0
+    num_workers = num_workers or max(1, room)
+    if has_gpus and num_workers > room:
         raise ValueError(
-            f"{num_workers} workers of {gpus_each} GPUs: Ray knows of {num_gpus} GPUs only"
+            f"workers of {gpus_each} GPUs: Ray has room for {room}, {num_workers} are asked for"
         )
     # Where all CPUs are reserved nothing else of Ray's would ever run.
     cpus_each = min(0.5, num_cpus / 2 / num_workers)
@@ -505,7 +507,7 @@ def main() -> None:
         if args.output.suffix:
             with job.whole_file(args.output.resolve()) as file:
                 data.join(paths, file)
-        shutil.rmtree(job.directory if args.output.suffix else job.unfinished)
+        shutil.rmtree(job.directory if args.output.suffix else job.unfinished, ignore_errors=True)
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"batch.py: {error}")
     except (RuntimeError, RayError) as error:

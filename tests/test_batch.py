@@ -357,18 +357,19 @@ def test_whatever_ends_a_run_it_says_how_to_go_on(
 
 
 @pytest.mark.parametrize(
-    ("has", "workers", "engine", "expected"),
+    ("nodes", "workers", "engine", "expected"),
     [
-        ({"CPU": 2}, None, {}, (1, 0.5, None, "2")),
-        ({"CPU": 2}, 2, {}, (2, 0.5, None, "1")),
-        ({"CPU": 1}, 4, {}, (4, 0.125, None, "1")),
-        ({"CPU": 64, "GPU": 8}, None, {"tensor_parallel_size": 2}, (4, 0.5, 2, "16")),
-        ({"CPU": 64, "GPU": 8}, 3, {}, (3, 0.5, 1, "21")),
-        ({"CPU": 64, "GPU": 8}, None, {"device": "cpu"}, (1, 0.5, None, "64")),
+        ([{"CPU": 2}], None, {}, (1, 0.5, None, "2")),
+        ([{"CPU": 2}], 2, {}, (2, 0.5, None, "1")),
+        ([{"CPU": 1}], 4, {}, (4, 0.125, None, "1")),
+        ([{"CPU": 4}, {"CPU": 30, "GPU": 3}] * 2, None, {}, (6, 0.5, 1, "11")),
+        ([{"CPU": 34, "GPU": 3}] * 2, None, {"tensor_parallel_size": 2}, (2, 0.5, 2, "34")),
+        ([{"CPU": 64, "GPU": 8}], 3, {}, (3, 0.5, 1, "21")),
+        ([{"CPU": 64, "GPU": 8}], None, {"device": "cpu"}, (1, 0.5, None, "64")),
     ],
 )
 def test_workers_reserve_gpus_where_there_are_any_and_leave_cpus_free(
-    has: dict[str, float],
+    nodes: list[dict[str, float]],
     workers: int | None,
     engine: Json,
     expected: tuple[int, float, int | None, str],
@@ -376,7 +377,9 @@ def test_workers_reserve_gpus_where_there_are_any_and_leave_cpus_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(batch.ray, "cluster_resources", lambda: has)
+    has = [{"Alive": True, "Resources": node} for node in nodes]
+    gone = {"Alive": False, "Resources": {"CPU": 100, "GPU": 100}}
+    monkeypatch.setattr(batch.ray, "nodes", lambda: [*has, gone])
     found = batch.worker_options(workers, engine)
     num_threads = found["runtime_env"]["env_vars"]["OMP_NUM_THREADS"]
     num_workers = found["compute"].min_size
@@ -386,9 +389,10 @@ def test_workers_reserve_gpus_where_there_are_any_and_leave_cpus_free(
 def test_more_gpus_than_there_are_are_refused(
     batch: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch.ray, "cluster_resources", lambda: {"CPU": 8, "GPU": 2})
-    for workers, size in ((3, 1), (None, 4)):
-        with pytest.raises(ValueError, match="2 GPUs only"):
+    nodes = [{"Alive": True, "Resources": {"CPU": 8, "GPU": 2}}] * 2
+    monkeypatch.setattr(batch.ray, "nodes", lambda: nodes)
+    for workers, size, room in ((5, 1, 4), (3, 2, 2), (None, 4, 0)):
+        with pytest.raises(ValueError, match=f"has room for {room}"):
             batch.worker_options(workers, {"tensor_parallel_size": size})
 
 
