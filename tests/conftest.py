@@ -42,7 +42,8 @@ IS_V5 = int(transformers.__version__.split(".")[0]) >= 5  # and not 4
 # Two logits closer than this share of the logits' scale may swap places by rounding alone.
 NEAR_TIE = 1e-5
 NEAR_ROUTE = 2e-6  # and two logits of a router, where what they decide on is tiny
-TINY = Path(__file__).parents[1] / "assets" / "tiny-qwen3"  # the trained checkpoint
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "assets" / "tiny-qwen3"  # the trained checkpoint
 STOP_WORD = "<|im_end|>"
 
 
@@ -163,6 +164,17 @@ def load_tasks() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["tiny_tasks"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_example(name: str) -> ModuleType:
+    """One of examples/, or ../example."""
+    path = ROOT / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

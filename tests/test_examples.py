@@ -1,6 +1,5 @@
 """The examples: what people wrap around an engine."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -20,37 +19,26 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import TINY, Tally
+from conftest import ROOT, TINY, Tally, load_example
 
 from nanovllm import LLM, SamplingParams
 
 pytestmark = pytest.mark.slow
 
 JSON = "application/json"
-ROOT = Path(__file__).parents[1]
 HELLO = [{"role": "user", "content": "introduce yourself"}]
 PRIMES = [{"role": "user", "content": "list all prime numbers within 20"}]
 
 
-def load_example(name: str) -> ModuleType:
-    """One of examples/, or ../example."""
-    path = ROOT / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("name", ["../example", "chat", "server"])
+@pytest.mark.parametrize("name", ["../example", "chat", "server", "batch"])
 def test_a_model_that_cannot_be_loaded_ends_a_program_with_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name == "server":
-        pytest.importorskip("fastapi")
+    if name in ("server", "batch"):
+        pytest.importorskip({"server": "fastapi", "batch": "ray"}[name])
     program = f"{name.removeprefix('../')}.py"
-    monkeypatch.setattr(sys, "argv", [program, "--model", str(tmp_path / "none")])
+    files = [str(tmp_path / file) for file in ("in.jsonl", "out.jsonl")] if name == "batch" else []
+    monkeypatch.setattr(sys, "argv", [program, *files, "--model", str(tmp_path / "none")])
     with pytest.raises(SystemExit) as caught:
         load_example(name).main()
     message = caught.value.code

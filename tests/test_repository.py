@@ -149,7 +149,7 @@ def test_requirements_satisfy_what_the_package_claims() -> None:
     pins = [Requirement(line) for line in lines if line and not line.startswith(("#", "-r "))]
     versions = {pin.name: str(pin.specifier).removeprefix("==") for pin in pins}
     optional = project["optional-dependencies"]
-    extras = [*optional["server"], *optional["test"]]
+    extras = [*optional["server"], *optional["ray"], *optional["test"]]
     for requirement in map(Requirement, [*project["dependencies"], *extras]):
         if requirement.name == "nanovllm":
             continue
