@@ -66,7 +66,7 @@ class ModelRunner:
         # Of a GPU one engine at a time: what it takes shows in the process's memory.
         alone = _building if self.device.type == "cuda" else nullcontext()
         with alone, own_modes(self.device, inference=False):
-            self.group.reserve(self._exchanged_bytes())
+            self.group.reserve(self._exchanged_bytes(), config.max_num_seqs)
             budget = CudaBudget(self.device) if self.device.type == "cuda" else None
             with memory_for("the weights", "the model is too large for what is free"):
                 self.model = self._load_model()

@@ -16,7 +16,6 @@ from nanovllm.utils.peer_memory import PeerMemory
 
 # Up to how many bytes each of so many ranks adds up all of them itself. Measured on H100s.
 MOST_ONE_SHOT = {2: 1 << 20, 4: 1 << 19}
-KEY_BYTES = 1 << 16
 # What a rank is told that waits for one that is gone: more meetings than there ever are.
 FREED = 1 << 62
 
@@ -95,13 +94,13 @@ class PeerGroup(HostGroup):
         self._turn = 0
         self._meetings: Tensor | None = None
 
-    def reserve(self, num_bytes: int) -> None:
+    def reserve(self, num_bytes: int, num_keys: int) -> None:
         """Memory that all ranks read and write: three small parts, keys, a large one, meetings."""
         from nanovllm.kernels.all_reduce import MAX_PROGRAMS, Peers
 
         meetings_bytes = MAX_PROGRAMS * self.size * 8
-        large_bytes = -(-num_bytes // 128) * 128
-        data_bytes = 3 * self.most_one_shot + KEY_BYTES + large_bytes
+        large_bytes, key_bytes = (-(-size // 128) * 128 for size in (num_bytes, 8 * num_keys))
+        data_bytes = 3 * self.most_one_shot + key_bytes + large_bytes
         self.nbytes = data_bytes + meetings_bytes
         self._memory = PeerMemory(self.nbytes, self.device)
         torch.cuda.synchronize(self.device)
@@ -115,20 +114,22 @@ class PeerGroup(HostGroup):
         counts = torch.zeros(MAX_PROGRAMS, dtype=torch.int64, device=self.device)
         self._peers = Peers(buffers, buffers + data_bytes, counts, self.rank, self.size)
         *self._small, self._keys, self._large, self._meetings = self._memory.tensor.split(
-            [self.most_one_shot] * 3 + [KEY_BYTES, large_bytes, meetings_bytes]
+            [self.most_one_shot] * 3 + [key_bytes, large_bytes, meetings_bytes]
         )
         self._freed = torch.full((meetings_bytes // 8,), FREED, device="cpu").pin_memory()
         self.least(0)  # no rank goes on, or gives its memory back, before all have opened it
 
-    def output_for(self, x: Tensor, size: int, is_first: bool = False) -> Tensor:
-        num_bytes = len(x) * size * x.element_size()
+    def output(
+        self, num_tokens: int, size: int, dtype: torch.dtype, is_first: bool = False
+    ) -> Tensor:
+        num_bytes = num_tokens * size * dtype.itemsize
         memory = self._large
         if num_bytes <= self.most_one_shot:
             # A step begins in the first part, and then takes turns in the others: so no part is
             # used twice without a meeting in between, whatever steps follow one another.
             self._turn = 0 if is_first else 2 if self._turn == 1 else 1
             memory = self._small[self._turn]
-        out: Tensor = memory[:num_bytes].view(x.dtype).view(len(x), size)
+        out: Tensor = memory[:num_bytes].view(dtype).view(num_tokens, size)
         return out
 
     def keys_output(self, num_rows: int) -> Tensor:

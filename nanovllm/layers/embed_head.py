@@ -65,15 +65,15 @@ class Embedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """int64 [num_tokens] -> [num_tokens, hidden_size]."""
         x = embed(input_ids, self.weight, self.first_id)
-        out = self.group.output_for(x, x.size(1), is_first=True)
+        out = self.group.output(len(x), x.size(1), x.dtype, is_first=True)
         return self.group.all_reduce(x if out is None else out.copy_(x))
 
     def resolve(
         self, sources: Tensor, sampled: Tensor, context_lens: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Embeddings and positions of a decode step: see resolve_and_embed."""
-        like, hidden_size = self.weight[: len(sources)], self.weight.size(1)
-        out = self.group.output_for(like, hidden_size, is_first=True)
+        hidden_size, dtype = self.weight.size(1), self.weight.dtype
+        out = self.group.output(len(sources), hidden_size, dtype, is_first=True)
         inputs = sources, sampled, context_lens, self.weight, self.first_id, out
         x, positions = self.resolve_and_embed(*inputs)
         return self.group.all_reduce(x), positions

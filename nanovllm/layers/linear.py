@@ -101,7 +101,7 @@ class RowParallelLinear(Linear):
         norm: RMSNorm | None = None,
     ) -> Tensor:
         assert out is None
-        out = self.group.output_for(x, self.weight.size(0))
+        out = self.group.output(len(x), self.weight.size(0), x.dtype)
         residual = residual if self.group.rank == 0 else None
         return self.group.all_reduce(super().forward(x, residual, out, norm))
 

@@ -130,7 +130,7 @@ class MoE(nn.Module):
         """
         run = next(run for most, run in self.products.items() if len(x) <= most)
         residual = x if self.group.rank == 0 else None
-        out = self.group.output_for(x, x.size(1))
+        out = self.group.output(len(x), x.size(1), x.dtype)
         return self.group.all_reduce(run(ExpertInputs(x, norm, residual, out)))
 
     def _plain(self, inputs: ExpertInputs) -> Tensor:

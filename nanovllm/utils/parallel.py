@@ -39,14 +39,15 @@ class RankGroup:
         num_parts = whole_size // size
         return self.rank * num_parts // self.size * size
 
-    def reserve(self, num_bytes: int) -> None:
-        """What the largest all_reduce or all_gather sums or gathers; to be called once, before."""
+    def reserve(self, num_bytes: int, num_keys: int) -> None:
+        """For the largest all_reduce or all_gather, and all_reduce_max: to be called once, first."""
 
-    def output_for(self, x: Tensor, size: int, is_first: bool = False) -> Tensor | None:
+    def output(
+        self, num_tokens: int, size: int, dtype: torch.dtype, is_first: bool = False
+    ) -> Tensor | None:
         """Memory where all_reduce wants its argument to be; None: it may be anywhere.
 
         Args:
-            x: [num_tokens, ...], on the device and in the dtype that are wanted.
             is_first: of its step.
 
         Returns:
