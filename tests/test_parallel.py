@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ from nanovllm.engine.messages import pack_path, pack_step, unpack_path, unpack_s
 from nanovllm.engine.parallel_runner import ParallelRunner
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
 from nanovllm.engine.sequence import Sequence
+from nanovllm.layers import device_groups
 from nanovllm.layers.attention import BACKENDS
+from nanovllm.layers.device_groups import PeerGroup
 from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.sampler import _gumbel, _mix64, _random_bits, _signed, ids_of, sample
 from nanovllm.model_config import ModelConfig
@@ -673,6 +676,54 @@ def test_embeddings_of_the_parts_add_up() -> None:
         assert torch.equal(same, positions)
         parts.append(found)
     assert torch.equal(sum(parts), whole)
+
+
+class FakePeerMemory:
+    """In main memory: only this process sees it."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.tensor = torch.zeros(num_bytes, dtype=torch.uint8)
+        self.handle = bytes(64)
+
+    def open(self, handle: bytes) -> int:
+        return self.tensor.data_ptr()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_peers_have_room_for_what_they_exchange(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts do not overlap; and of steps in any order none uses a small part twice running."""
+    monkeypatch.setattr(device_groups, "PeerMemory", FakePeerMemory)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    store, rows, hidden = dist.HashStore(), 3000, 1024
+    where = size, True, torch.device("cpu")
+    with ThreadPoolExecutor(size) as pool:
+        ranks = list(pool.map(lambda rank: PeerGroup(store, rank, *where), range(size)))
+    on_all(ranks, lambda group: group.reserve(2 * rows * hidden, 9000))
+    group = ranks[1]
+
+    def span(tensor: Tensor) -> tuple[int, int]:
+        start = tensor.data_ptr()
+        return start, start + tensor.nbytes
+
+    largest = group.output(rows, hidden, torch.bfloat16)
+    keys = group.keys_output(9000)
+    assert (largest.shape, keys.shape) == ((rows, hidden), (9000,))
+    small = group.most_one_shot // (2 * hidden)
+    parts = {span(group.output(small, hidden, torch.bfloat16, first)) for first in (True, False)}
+    parts |= {span(group.output(small, hidden, torch.bfloat16)) for _ in range(5)}
+    assert len(parts) == 3
+    assert group._meetings is not None
+    spans = sorted([*parts, span(largest), span(keys), span(group._meetings)])
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    assert all(start % 16 == 0 for start, _ in spans)
+    rng, used = random.Random(size), []
+    for _ in range(50):  # steps of one to three layers
+        used.append(group.output(1, hidden, torch.float32, is_first=True).data_ptr())
+        used += [
+            group.output(1, hidden, torch.float32).data_ptr() for _ in range(rng.randint(1, 6))
+        ]
+    assert all(a != b for a, b in pairwise(used))
 
 
 class FakeGroup(RankGroup):

@@ -40,7 +40,7 @@ class RankGroup:
         return self.rank * num_parts // self.size * size
 
     def reserve(self, num_bytes: int, num_keys: int) -> None:
-        """For the largest all_reduce or all_gather, and all_reduce_max: to be called once, first."""
+        """For the largest all_reduce or all_gather, and all_reduce_max; called once, first."""
 
     def output(
         self, num_tokens: int, size: int, dtype: torch.dtype, is_first: bool = False
