@@ -1407,32 +1407,38 @@ def test_keys_of_a_part_of_the_vocabulary(dtype: torch.dtype) -> None:
         assert torch.equal(keys[n][:3], twin[:3])
 
 
-# ---- sums over ranks: one after the other here, and none waits, since all seem to have been there
+# ---- sums over ranks: one after the other here, and none waits, since all have been there often
 
 
-def rank_memory(
-    parts: list[Tensor], padding: int = 64
-) -> tuple[list[Tensor], list[Peers], list[Tensor]]:
-    """Memory for each rank's part, behind some padding; and how each rank sees all of it."""
-    from nanovllm.kernels.all_reduce import MAX_PROGRAMS
+class RankMemory:
+    """Memory for each rank's part, behind and before some padding; and how each rank sees it."""
 
-    num_ranks = len(parts)
-    places, peers = [], []
-    memories = [torch.full((2 * padding + x.numel(),), 77, dtype=x.dtype) for x in parts]
-    memories = [memory.to(DEVICE) for memory in memories]
-    meetings = torch.full((num_ranks, MAX_PROGRAMS, num_ranks), 1 << 62, device=DEVICE)
-    buffers = torch.tensor([memory.data_ptr() for memory in memories], device=DEVICE)
-    starts = torch.tensor([part.data_ptr() for part in meetings], device=DEVICE)
-    for rank, (memory, x) in enumerate(zip(memories, parts, strict=True)):
-        places.append(memory[padding : padding + x.numel()].view(x.shape).copy_(x))
-        counts = torch.zeros(MAX_PROGRAMS, dtype=torch.int64, device=DEVICE)
-        peers.append(Peers(buffers, starts, counts, rank, num_ranks))
-    return places, peers, [*memories, meetings]
+    def __init__(self, parts: list[Tensor], padding: int = 64) -> None:
+        from nanovllm.kernels.all_reduce import MAX_PROGRAMS
+
+        size, count = parts[0].numel(), len(parts)
+        self.memories = [x.new_full((2 * padding + size,), 77) for x in parts]
+        self.places = [m[padding:-padding].view(parts[0].shape) for m in self.memories]
+        for place, x in zip(self.places, parts, strict=True):
+            place.copy_(x)
+        self.meetings = torch.empty((count, MAX_PROGRAMS, count), dtype=torch.int64, device=DEVICE)
+        buffers = torch.tensor([memory.data_ptr() for memory in self.memories], device=DEVICE)
+        starts = torch.tensor([part.data_ptr() for part in self.meetings], device=DEVICE)
+        counts = torch.zeros(count, MAX_PROGRAMS, dtype=torch.int64, device=DEVICE)
+        self.peers = [Peers(buffers, starts, counts[rank], rank, count) for rank in range(count)]
+
+    def on_all(self, run: Callable[..., Tensor], **options: Any) -> list[Tensor]:
+        """What each rank is given."""
+        found = []
+        for place, peers, memory in zip(self.places, self.peers, self.memories, strict=True):
+            self.meetings.fill_(1 << 62)
+            found.append(run(place, peers, memory.data_ptr(), **options))
+        return found
 
 
 @runs_kernels
 @dtypes
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
 @pytest.mark.parametrize("shape", [(1, 8), (3, 1000), (2, 4096), (40, 1224)], ids=str)
 def test_sums_over_ranks(shape: tuple[int, int], num_ranks: int, dtype: torch.dtype) -> None:
     from nanovllm.kernels import all_reduce
@@ -1441,17 +1447,15 @@ def test_sums_over_ranks(shape: tuple[int, int], num_ranks: int, dtype: torch.dt
     total = parts[0].float()
     for part in parts[1:]:
         total = total + part.float()
-    places, peers, memories = rank_memory(parts)
-    for x, view, memory in zip(places, peers, memories, strict=False):
-        out = all_reduce.one_shot(x, view, memory.data_ptr())
+    ranks = RankMemory(parts)
+    for out in ranks.on_all(all_reduce.one_shot):
         assert torch.equal(out, total.to(dtype))
-    for x, view, memory in zip(places, peers, memories, strict=False):
-        out = all_reduce.gather(x, view, memory.data_ptr())
+    for out in ranks.on_all(all_reduce.gather):
         assert torch.equal(out, torch.cat(parts, dim=1))
-    for x, view, memory in zip(places, peers, memories, strict=False):
-        assert all_reduce.two_shot(x, view, memory.data_ptr()) is x
-    for x, memory in zip(places, memories, strict=False):
-        assert torch.equal(x, total.to(dtype))
+    for out, place in zip(ranks.on_all(all_reduce.two_shot), ranks.places, strict=True):
+        assert out is place
+    for place, memory in zip(ranks.places, ranks.memories, strict=True):
+        assert torch.equal(place, total.to(dtype))
         assert (memory[:64] == 77).all()
         assert (memory[-64:] == 77).all()
 
@@ -1461,10 +1465,22 @@ def test_the_largest_of_the_ranks_keys() -> None:
     from nanovllm.kernels import all_reduce
 
     keys = [torch.randint(-(2**63), 2**63 - 1, (300,), device=DEVICE) for _ in range(3)]
-    places, peers, memories = rank_memory(keys)
-    for x, view, memory in zip(places, peers, memories, strict=False):
-        out = all_reduce.one_shot(x, view, memory.data_ptr(), maximum=True)
+    for out in RankMemory(keys).on_all(all_reduce.one_shot, maximum=True):
         assert torch.equal(out, torch.stack(keys).amax(0))
+
+
+@runs_kernels
+def test_programs_of_ranks_count_their_meetings() -> None:
+    """Each tells all others, and nobody else, how many times it has been there."""
+    from nanovllm.kernels import all_reduce
+
+    ranks = RankMemory([randn(1, 64) for _ in range(3)])
+    for _ in range(2):
+        ranks.on_all(all_reduce.one_shot)
+    far = 1 << 62
+    assert ranks.meetings[:, 0].tolist() == [[far, far, 2], [far, far, 2], [far, far, far]]
+    assert (ranks.meetings[:, 1:] == far).all()
+    assert [peers.counts[:2].tolist() for peers in ranks.peers] == [[2, 0]] * 3
 
 
 # ---- compiled for GPUs that are not here
