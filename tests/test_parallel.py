@@ -409,8 +409,8 @@ def test_a_rank_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     before = shared_files()
     options_of_all = parallel_runner._options_of_all
 
-    def other_backend(config: Config) -> dict[str, Any]:
-        return options_of_all(config) | {"attention_backend": "triton"}
+    def other_backend(*args: Any) -> dict[str, Any]:
+        return options_of_all(*args) | {"attention_backend": "triton"}
 
     monkeypatch.setattr(parallel_runner, "_options_of_all", other_backend)
     with pytest.raises(ValueError, match="rank 1: attention_backend='triton' cannot be used"):
@@ -548,6 +548,114 @@ def test_an_engine_that_is_dropped_ends_its_ranks() -> None:
     process = workers(llm)[0]
     del llm
     wait_for(lambda: not is_running(process.pid))
+
+
+def test_ctrl_c_while_a_step_fails_on_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the step any more: the error must not be lost, the ranks are out of step."""
+    llm = parallel(TINY)
+    assert llm.model_runner is not None
+    forward = llm.model_runner.model.lm_head.forward
+
+    def fail(*_: Any, **__: Any) -> None:
+        time.sleep(0.5)
+        monkeypatch.setattr(llm.model_runner.model.lm_head, "forward", forward)
+        raise OSError("planted")
+
+    monkeypatch.setattr(llm.model_runner.model.lm_head, "forward", fail)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([1, 2, 3], greedy(), use_tqdm=False)
+    with pytest.raises((OSError, RuntimeError), match="planted"):
+        llm.generate([1, 2, 3], greedy(), use_tqdm=False)
+    llm.exit()
+
+
+def test_exit_is_quiet_when_a_rank_has_gone_and_hides_no_error() -> None:
+    def use(llm: LLM) -> None:
+        with llm:
+            workers(llm)[0].kill()
+            raise KeyError("the user's own")
+
+    with pytest.raises(KeyError, match="own"):
+        use(parallel(TINY))
+    llm = parallel(TINY)
+    workers(llm)[0].kill()
+    llm.exit()
+    llm.exit()
+
+
+def test_ctrl_c_in_exit_is_ctrl_c() -> None:
+    for delay in (0.0, 0.05, 0.15):
+        llm = parallel(TINY)
+        process = workers(llm)[0]
+        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            llm.exit()
+            timer.join()
+        except KeyboardInterrupt:
+            pass
+        timer.join()
+        llm.exit()
+        wait_for(lambda process=process: not is_running(process.pid))  # type: ignore[misc]
+
+
+def test_ctrl_c_before_anything_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    others, threads = children(), threading.active_count()
+    begin = ParallelRunner._begin
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        begin(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ParallelRunner, "_begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        parallel(TINY)
+    wait_for(lambda: children() == others)
+    wait_for(lambda: threading.active_count() == threads)
+
+
+FORKS = {
+    "exit": "sys.exit(0)",
+    "drop": "del llm; gc.collect(); sys.exit(0)",
+    "shut down": "llm.exit(); sys.exit(0)",
+    "sleep": "time.sleep(60)",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", FORKS)
+def test_a_forked_child_ends_and_keeps_nothing_alive(what: str) -> None:
+    script = f"""
+import gc, os, sys, time; sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_parallel import *
+llm = parallel(TINY, 2)
+pid = os.fork()
+if pid == 0:
+    {FORKS[what]}
+if {what != "sleep"}:
+    assert os.waitpid(pid, 0)[1] == 0
+assert llm.generate([1, 2, 3], greedy(3), use_tqdm=False)
+started = time.monotonic()
+llm.exit()
+assert time.monotonic() - started < 3
+if {what == "sleep"}:
+    os.kill(pid, 9)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
+    assert done.returncode == 0
+
+
+def test_a_process_that_is_one_of_one_starts_its_own_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    with parallel(TINY) as llm:
+        assert ask(llm, "What is 1 + 1?")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="torchrun has started 3 processes"):
+        parallel(TINY)
 
 
 # --- the parts -------------------------------------------------------------------------------

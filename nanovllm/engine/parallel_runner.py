@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,6 @@ from nanovllm.engine.outputs import Done, Launched
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.team import Seat, Team, torchrun_seat
 from nanovllm.utils.device import resolve_device, resolve_dtype
-from nanovllm.utils.parallel import HostGroup
 
 T = TypeVar("T")
 # While it waits, rank 0 looks this often whether the others are still there (seconds).
@@ -73,20 +73,20 @@ class ParallelRunner(ModelRunner):
 
     def __init__(self, config: Config, seat: Seat | None = None) -> None:
         self._failure: Exception | None = None
-        self._host_group: HostGroup | None = None
-        self._team = Team(config.tensor_parallel_size, _options_of_all(config), seat)
+        self._broken: BaseException | None = None  # what left the ranks out of step
+        self._is_ending = False
         self._thread = _Thread()
+        self._team = Team(config.tensor_parallel_size, seat)
         self._end = finalize(self, _end, self._team, self._thread)
-
-        def begin() -> None:
-            self._host_group = self._team.meet()
-            ModelRunner.__init__(self, config, self._host_group)
-
         try:
-            self._do(begin)
+            self._do(partial(self._begin, config, is_local=seat is None))
         except BaseException:
             self._end()
             raise
+
+    def _begin(self, config: Config, is_local: bool) -> None:
+        group = self._team.start(_options_of_all(config, is_local))
+        ModelRunner.__init__(self, config, group)
 
     def launch(self, batch: Batch) -> Launched:
         message = pack_step(batch)  # it stays as it is, whatever becomes of the batch
@@ -102,28 +102,32 @@ class ParallelRunner(ModelRunner):
         self._raise_first(LOAD_WEIGHTS, model_dir, partial(ModelRunner.load_weights, self))
 
     def synchronize(self) -> None:
-        if self._failure is None:
+        if self._failure is None and not self._is_ending:
             self._do(partial(ModelRunner.synchronize, self))
 
     def free(self) -> None:
+        """Whatever has become of the other ranks, and as often as it is asked for."""
         free = partial(ModelRunner.free, self)
-        if self._failure is None:
-            self._together(END, NOTHING, free)
-        else:  # in vain if a GPU still waits for a rank that is gone
-            wait([self._thread.submit(free)], RELEASE_S)
-        self._end()
+        try:
+            if self._failure is None and not self._is_ending:
+                self._is_ending = True
+                with suppress(Exception):  # a rank was gone
+                    self._together(END, NOTHING, free)
+            elif self._end.alive:  # in vain, if a GPU still waits for a rank that is gone
+                wait([self._thread.submit(free)], RELEASE_S)
+        finally:
+            self._end()
 
     def _raise_first(self, kind: int, model_dir: Path, work: Callable[[Path], None]) -> None:
         """Have all ranks do something that may fail on some, and raise the first error."""
-        group = self._host_group
-        assert group is not None
-        run = partial(group.first_error, partial(work, model_dir))
+        assert self._team.group is not None
+        run = partial(self._team.group.first_error, partial(work, model_dir))
         if (error := self._together(kind, pack_path(model_dir.absolute()), run)) is not None:
             raise error
 
     def _together(self, kind: int, message: Tensor, work: Callable[[], T]) -> T:
         """Have all ranks do something. What fails in the midst of it leaves them out of step."""
-        group = self._host_group
+        group = self._team.group
         assert group is not None
 
         def tell_and_work() -> T:
@@ -138,35 +142,44 @@ class ParallelRunner(ModelRunner):
             raise RuntimeError(f"this engine has lost a rank ({self._failure}); make a new one")
         if self._thread.is_current():
             return work()
-        future = self._thread.submit(work)
+        future = self._thread.submit(partial(self._in_step, work))
         while not wait([future], LOOK_AROUND).done:
-            if (failure := self._team.failure()) is not None:
+            if not self._is_ending and (failure := self._team.failure()) is not None:
                 self._fail(failure)
                 raise failure
         error = future.exception()
         if isinstance(error, Exception):
-            cause = self._team.cause_of(error)
-            self._fail(cause)
-            raise cause
+            if not isinstance(error, (TypeError, ValueError)) and not self._is_ending:
+                error = self._team.cause_of(error)
+            self._fail(error)
+            raise error
         return future.result()
+
+    def _in_step(self, work: Callable[[], T]) -> T:
+        """In the thread: an error is kept, for the caller may not be there any more to hear it."""
+        if self._broken is not None:
+            raise self._broken
+        try:
+            return work()
+        except BaseException as error:
+            self._broken = error
+            raise
 
     def _fail(self, error: Exception) -> None:
         """Part with the other ranks: what one of them, or this one, has begun will not be ended."""
         self._failure = error
-        if self._host_group is not None:
-            release = Thread(target=self._host_group.release, daemon=True)
-            release.start()
-            release.join(RELEASE_S)
+        _release(self._team)
         self._team.end()
 
 
-def _options_of_all(config: Config) -> dict[str, Any]:
+def _options_of_all(config: Config, is_local: bool) -> dict[str, Any]:
     """The options that all ranks are given, decided on this one."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, config.model_config.dtype, device)
     options = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.init}
     options["dtype"] = str(dtype).removeprefix("torch.")
-    return options | {"model": str(config.model), "device": str(device)}
+    model = config.model_dir.absolute() if is_local else config.model
+    return options | {"model": str(model), "device": str(device)}
 
 
 class _Watched:
@@ -214,5 +227,18 @@ class _Thread:
 
 
 def _end(team: Team, thread: _Thread) -> None:
+    """What is under way is let end, and then the other ranks."""
+    if not wait(
+        [thread.submit(lambda: None if team.group is None else team.group.settle())], RELEASE_S
+    ).done:
+        _release(team)
     thread.end()
     team.end()
+
+
+def _release(team: Team) -> None:
+    """Free what waits on this rank's GPU for another one."""
+    if team.group is not None:
+        release = Thread(target=team.group.release, daemon=True)
+        release.start()
+        release.join(RELEASE_S)

@@ -11,18 +11,20 @@ from datetime import timedelta
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 
 from nanovllm.layers.device_groups import connect
-from nanovllm.utils.parallel import HostGroup, error_of
+from nanovllm.utils.parallel import HostGroup, error_of, keep_in_children
 
 # For a process to start, import torch and find the others; under torchrun, on all machines.
 START_S = 600.0
 # For a process that was told to end.
-END_S = 10.0
+END_S = 5.0
 _has_joined_torchrun = False
+_teams: "WeakSet[Team]" = WeakSet()
 
 
 class Seat(NamedTuple):
@@ -62,6 +64,8 @@ def torchrun_seat(size: int) -> Seat | None:
     if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return None
     world_size = int(os.environ["WORLD_SIZE"])
+    if world_size == 1:  # a process by itself may be told so as well
+        return None
     if world_size != size:
         raise ValueError(
             f"tensor_parallel_size={size}, but torchrun has started {world_size} processes"
@@ -82,23 +86,45 @@ class Team:
 
     Args:
         size: ranks, itself included.
-        options: of the engine, which each of the others makes its Config of.
         seat: rank 0's under torchrun.
-
-    Raises:
-        ValueError: fewer GPUs than ranks.
     """
 
-    def __init__(self, size: int, options: dict[str, Any], seat: Seat | None) -> None:
+    def __init__(self, size: int, seat: Seat | None) -> None:
         self._pid = os.getpid()
+        self.size = size
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._device = device = options["device"]
-        if seat is None:
-            _require_gpus(device, size)
-            self.seat = self._start(size)
-        else:
-            self.seat = seat
-        self.seat.store.set("options", json.dumps(options))
+        self.group: HostGroup | None = None
+        self._seat = seat
+        self.with_threads: list[Any] = [] if seat is None else [seat.store]
+        keep_in_children(self)
+        _teams.add(self)
+
+    def start(self, options: dict[str, Any]) -> HostGroup:
+        """Start the processes, wait until all ranks are there, and connect them.
+
+        Args:
+            options: of the engine, which each of the others makes its Config of.
+
+        Raises:
+            ValueError: fewer GPUs than ranks.
+            Exception: a rank's, which did not come.
+        """
+        device = options["device"]
+        if self._seat is None:
+            _require_gpus(device, self.size)
+            self._seat = self._start(self.size)
+        seat = self._seat
+        seat.store.set("options", json.dumps(options))
+        for rank in range(1, seat.size):
+            end = monotonic() + START_S
+            while not seat.store.check([f"ready/{rank}"]):
+                if (failure := self.failure()) is not None:
+                    raise failure
+                if monotonic() > end:
+                    raise RuntimeError(f"rank {rank} did not come within {START_S:.0f} s")
+                sleep(0.02)
+        self.group = seat.connect(device)
+        return self.group
 
     def _start(self, size: int) -> Seat:
         """Start the processes, each a module of this package: the script is not run again."""
@@ -111,6 +137,7 @@ class Team:
             )
         # What failed can be asked for while `store` waits for a rank.
         self._errors = dist.TCPStore("127.0.0.1", port, None, False, **how)
+        self.with_threads += [store, self._errors]
         package = str(Path(__file__).parents[2])
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
@@ -128,18 +155,6 @@ class Team:
             )
         return Seat(store, 0, size, is_local=True)
 
-    def meet(self) -> HostGroup:
-        """Wait until all ranks are there, and connect them."""
-        for rank in range(1, self.seat.size):
-            end = monotonic() + START_S
-            while not self.seat.store.check([f"ready/{rank}"]):
-                if (failure := self.failure()) is not None:
-                    raise failure
-                if monotonic() > end:
-                    raise RuntimeError(f"rank {rank} did not come within {START_S:.0f} s")
-                sleep(0.02)
-        return self.seat.connect(self._device)
-
     def failure(self) -> Exception | None:
         """What ended a rank before its time; None while all are there."""
         for rank, process in self.processes.items():
@@ -149,11 +164,11 @@ class Team:
                 store = self._errors
                 break
         else:
-            if self.processes:
+            if self.processes or self._seat is None:
                 return None
-            store, rank, status = self.seat.store, -1, 0
+            store, rank, status = self._seat.store, -1, 0
         with suppress(RuntimeError):  # the store is gone
-            for other in range(1, self.seat.size):
+            for other in range(1, self.size):
                 if store.check([f"error/{other}"]):
                     return error_of(other, *json.loads(store.get(f"error/{other}")))
         return None if rank < 0 else RuntimeError(f"rank {rank} has ended with status {status}")
@@ -182,6 +197,17 @@ class Team:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _after_fork() -> None:
+    """In a forked child: the processes are the parent's, and end with that one alone."""
+    for team in list(_teams):
+        for process in team.processes.values():
+            if process.stdin is not None:
+                process.stdin.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _require_gpus(device: str, size: int) -> None:

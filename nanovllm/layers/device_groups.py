@@ -46,18 +46,36 @@ def _sees_peers(rank: int, size: int, is_local: bool, device: torch.device) -> b
     return all(torch.cuda.can_device_access_peer(device.index, gpu) for gpu in gpus)
 
 
-class NcclGroup(HostGroup):
-    """By NCCL."""
+class DeviceGroup(HostGroup):
+    """What both kinds have in common.
+
+    Args:
+        device: this rank's GPU.
+    """
 
     def __init__(
         self, store: Any, rank: int, size: int, is_local: bool, device: torch.device
     ) -> None:
         super().__init__(store, rank, size, is_local)
+        self.device = device
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+
+class NcclGroup(DeviceGroup):
+    """By NCCL."""
+
+    def __init__(
+        self, store: Any, rank: int, size: int, is_local: bool, device: torch.device
+    ) -> None:
+        super().__init__(store, rank, size, is_local, device)
         nccl: Any = dist.ProcessGroupNCCL
         options = nccl.Options()
         options._timeout = FOREVER
         self._nccl = nccl(dist.PrefixStore("device", store), rank, size, options)
         self._nccl.eager_connect_single_device(device)
+        self.with_threads.append(self._nccl)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self._nccl.allreduce([x]).wait()
@@ -78,18 +96,13 @@ class NcclGroup(HostGroup):
         self._nccl.abort()
 
 
-class PeerGroup(HostGroup):
-    """By kernels that read and write the memory of GPUs of one machine: see kernels.all_reduce.
-
-    Args:
-        device: this rank's GPU.
-    """
+class PeerGroup(DeviceGroup):
+    """By kernels that read and write the memory of GPUs of one machine: see kernels.all_reduce."""
 
     def __init__(
         self, store: Any, rank: int, size: int, is_local: bool, device: torch.device
     ) -> None:
-        super().__init__(store, rank, size, is_local)
-        self.device = device
+        super().__init__(store, rank, size, is_local, device)
         self.most_one_shot = MOST_ONE_SHOT.get(size, 1 << 18)
         self._turn = 0
         self._meetings: Tensor | None = None

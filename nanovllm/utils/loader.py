@@ -261,7 +261,8 @@ def _some(names: list[str]) -> str:
 def fill_random(model: nn.Module, seed: int = 0) -> None:
     """Give every parameter random values, for benchmarks without a checkpoint.
 
-    Matrices: normal, standard deviation 0.02, as at the start of training. Biases 0, norms 1.
+    Matrices: normal, standard deviation 0.02, as at the start of training. Biases 0, norms 1. Where
+    ranks share the model their parts are alike.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

@@ -5,9 +5,12 @@ places in the same order. A process may belong to many groups: torch's own, glob
 caller's.
 """
 
+import ctypes
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -19,6 +22,25 @@ from torch import Tensor
 FOREVER = timedelta(days=365)
 # int64 numbers of a message that travel at once; longer ones take a second journey.
 FRAME = 1024
+
+
+# What owns objects of torch's with threads of their own. A forked child, where these threads are
+# not, would wait for them for ever when it frees such objects: it never does.
+_owners: WeakSet[Any] = WeakSet()
+
+
+def keep_in_children(owner: Any) -> None:
+    """Have processes that fork from this one never free what is in the list owner.with_threads."""
+    _owners.add(owner)
+
+
+def _after_fork() -> None:
+    for owner in list(_owners):
+        for thing in owner.with_threads:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class RankGroup:
@@ -88,13 +110,15 @@ class HostGroup(RankGroup):
     def __init__(self, store: Any, rank: int, size: int, is_local: bool) -> None:
         self.rank, self.size = rank, size
         gloo: Any = dist.ProcessGroupGloo
-        if not is_local:
-            self._gloo = gloo(store, rank, size, FOREVER)  # GLOO_SOCKET_IFNAME may say by what
-            return
-        options = gloo._Options()
-        options._timeout, options._threads = FOREVER, 1
-        options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        self._gloo = gloo(store, rank, size, options)
+        if is_local:
+            options = gloo._Options()
+            options._timeout, options._threads = FOREVER, 1
+            options._devices = [gloo.create_device(hostname="127.0.0.1")]
+            self._gloo = gloo(store, rank, size, options)
+        else:  # GLOO_SOCKET_IFNAME may say by which network
+            self._gloo = gloo(store, rank, size, FOREVER)
+        self.with_threads = [self._gloo]
+        keep_in_children(self)
 
     def exchange(self, x: Tensor) -> list[Tensor]:
         """All ranks' x, in the order of the ranks.
@@ -157,7 +181,7 @@ class HostGroup(RankGroup):
             work()
         except Exception as error:
             own = error
-        text = b"" if own is None else f"{type(own).__name__}\n{own}".encode()
+        text = b"" if own is None else f"{type(own).__name__}\n{own}".encode(errors="replace")
         note = np.zeros(2048, dtype=np.uint8)
         note[: len(text)] = np.frombuffer(text[: len(note)], dtype=np.uint8)
         for rank, part in enumerate(self.exchange(torch.from_numpy(note))):
@@ -165,6 +189,9 @@ class HostGroup(RankGroup):
                 said = part.numpy().tobytes().rstrip(b"\0").decode(errors="replace")
                 return own if rank == self.rank else error_of(rank, *said.split("\n", 1))
         return None
+
+    def settle(self) -> None:
+        """Wait until nothing is under way on this rank's device."""
 
     def release(self) -> None:
         """Let a rank that waits on its device for one that is gone go on; with garbage."""

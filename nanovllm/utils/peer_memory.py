@@ -6,6 +6,7 @@ same groups before, as an engine's ranks have not.
 """
 
 import ctypes
+import os
 from typing import Any
 from weakref import finalize
 
@@ -36,9 +37,10 @@ class PeerMemory:
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         torch.cuda.synchronize(device)  # which sees to it that this thread has the GPU's context
         self._cuda: Any = ctypes.CDLL("libcuda.so.1")
-        pointer = ctypes.c_uint64()
+        self._context, pointer = ctypes.c_void_p(), ctypes.c_uint64()
+        self._call("cuCtxGetCurrent", ctypes.byref(self._context))
         self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(num_bytes))
-        finalize(self, self._cuda.cuMemFree_v2, pointer)
+        self._give_back_by("cuMemFree_v2", pointer)
         self._interface = {
             "shape": (num_bytes,), "typestr": "|u1", "data": (pointer.value, False), "version": 3,
         }  # fmt: skip
@@ -53,8 +55,12 @@ class PeerMemory:
         given = _Handle.from_buffer_copy(handle)
         flag = ctypes.c_uint(ENABLE_PEER_ACCESS)
         self._call("cuIpcOpenMemHandle_v2", ctypes.byref(pointer), given, flag)
-        finalize(self, self._cuda.cuIpcCloseMemHandle, pointer)
+        self._give_back_by("cuIpcCloseMemHandle", pointer)
         return pointer.value
+
+    def _give_back_by(self, name: str, pointer: ctypes.c_uint64) -> None:
+        """When this object goes, in whatever thread; in a forked process, which has no GPU, not."""
+        finalize(self, _give_back, os.getpid(), self._cuda, self._context, name, pointer)
 
     def _call(self, name: str, *arguments: Any) -> None:
         if status := getattr(self._cuda, name)(*arguments):
@@ -65,6 +71,15 @@ class PeerMemory:
                 f"{name}: {said}; where GPUs cannot share memory, NCCL_P2P_DISABLE=1 has ranks go "
                 "without"
             )
+
+
+def _give_back(
+    pid: int, cuda: Any, context: ctypes.c_void_p, name: str, pointer: ctypes.c_uint64
+) -> None:
+    if os.getpid() == pid:
+        cuda.cuCtxPushCurrent_v2(context)
+        getattr(cuda, name)(pointer)
+        cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
 class _Array:
