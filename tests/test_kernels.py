@@ -1439,7 +1439,7 @@ class RankMemory:
 @runs_kernels
 @dtypes
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
-@pytest.mark.parametrize("shape", [(1, 8), (3, 1000), (2, 4096), (40, 1224)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8), (3, 1000), (9, 1224)], ids=str)
 def test_sums_over_ranks(shape: tuple[int, int], num_ranks: int, dtype: torch.dtype) -> None:
     from nanovllm.kernels import all_reduce
 

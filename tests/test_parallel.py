@@ -401,6 +401,12 @@ def test_the_engine_refuses_at_the_door() -> None:
             parallel(TINY, device="cuda")
 
 
+LEAN = f"""
+from nanovllm import LLM, SamplingParams
+llm = LLM({str(TINY)!r}, device="cpu", dtype="float32", max_model_len=300, tensor_parallel_size=2)
+"""
+
+
 @pytest.fixture(autouse=True)
 def ctrl_c() -> Iterator[None]:
     """SIGINT is heard even where the tests run in the background of a shell."""
@@ -530,12 +536,10 @@ def children() -> set[int]:
 def test_no_process_outlives_a_caller_that_is_killed() -> None:
     before = shared_files()
     script = f"""
-import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
-from test_parallel import *
-llm = parallel(TINY, 2)
-print(workers(llm)[0].pid, flush=True)
+{LEAN}
+print(llm.model_runner._team.processes[1].pid, flush=True)
 while True:
-    llm.generate([[1, 2, 3]] * 4, greedy(200), use_tqdm=False)
+    llm.generate([[1, 2, 3]] * 4, SamplingParams(max_tokens=200), use_tqdm=False)
 """
     caller = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -628,9 +632,8 @@ def test_ctrl_c_before_anything_has_started(monkeypatch: pytest.MonkeyPatch) -> 
 def test_forked_children_end_and_keep_nothing_alive() -> None:
     """One ends, one drops the engine, one shuts it down; one is there when the parent does."""
     script = f"""
-import gc, os, sys, time; sys.path.insert(0, {str(ROOT / "tests")!r})
-from test_parallel import *
-llm = parallel(TINY, 2)
+import gc, os, sys, time
+{LEAN}
 for what in range(3):
     pid = os.fork()
     if pid == 0:
@@ -641,7 +644,7 @@ for what in range(3):
             llm.exit()
         sys.exit(0)
     assert os.waitpid(pid, 0)[1] == 0
-    assert llm.generate([1, 2, 3], greedy(3), use_tqdm=False)
+    assert llm.generate([1, 2, 3], SamplingParams(max_tokens=3), use_tqdm=False)
 pid = os.fork()
 if pid == 0:
     time.sleep(60)
