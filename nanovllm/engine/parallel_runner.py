@@ -230,9 +230,10 @@ class _Thread:
 
 def _end(team: Team, thread: _Thread) -> None:
     """What is under way is let end, and then the other ranks."""
-    if not wait(
-        [thread.submit(lambda: None if team.group is None else team.group.settle())], RELEASE_S
-    ).done:
+    if not team.is_own:
+        return
+    settled = thread.submit(lambda: None if team.group is None else team.group.settle())
+    if not wait([settled], RELEASE_S).done:
         _release(team)
     thread.end()
     team.end()

@@ -182,15 +182,18 @@ class Team:
             sleep(0.02)
         return error
 
-    def end(self, patience_s: float = END_S) -> None:
+    @property
+    def is_own(self) -> bool:
+        """False in a process that has forked from the one whose team it is."""
+        return self._pid == os.getpid()
+
+    def end(self) -> None:
         """See that the processes have ended; those that take longer are killed."""
-        if self._pid != os.getpid():  # they are the parent's
-            return
         for process in self.processes.values():
             if process.stdin is not None:
                 with suppress(OSError):
                     process.stdin.close()
-        end = monotonic() + patience_s
+        end = monotonic() + END_S
         for process in self.processes.values():
             try:
                 process.wait(max(0.0, end - monotonic()))
