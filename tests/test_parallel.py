@@ -165,7 +165,7 @@ def check(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("spec", "num_ranks"), [*((spec, 2) for spec in SPECS), (SPECS[5], 4)])
+@pytest.mark.parametrize(("spec", "num_ranks"), [*((spec, 2) for spec in SPECS), (SPECS[0], 4)])
 def test_tokens_are_those_of_transformers_and_of_one_rank(
     spec: ModelSpec,
     num_ranks: int,
