@@ -11,20 +11,18 @@ from datetime import timedelta
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 
 from nanovllm.layers.device_groups import connect
-from nanovllm.utils.parallel import HostGroup, error_of, keep_in_children
+from nanovllm.utils.parallel import Forkable, HostGroup, error_of
 
 # For a process to start, import torch and find the others; under torchrun, on all machines.
 START_S = 600.0
 # For a process that was told to end.
 END_S = 5.0
 _has_joined_torchrun = False
-_teams: "WeakSet[Team]" = WeakSet()
 
 
 class Seat(NamedTuple):
@@ -81,7 +79,7 @@ def torchrun_seat(size: int) -> Seat | None:
     return Seat(dist.PrefixStore("nanovllm", store), rank, size, is_local, gpu)
 
 
-class Team:
+class Team(Forkable):
     """Rank 0's other ranks: processes that it starts, unless torchrun has.
 
     Args:
@@ -90,14 +88,14 @@ class Team:
     """
 
     def __init__(self, size: int, seat: Seat | None) -> None:
+        super().__init__()
         self._pid = os.getpid()
         self.size = size
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.group: HostGroup | None = None
         self._seat = seat
-        self.with_threads: list[Any] = [] if seat is None else [seat.store]
-        keep_in_children(self)
-        _teams.add(self)
+        if seat is not None:
+            self.with_threads.append(seat.store)
 
     def start(self, options: dict[str, Any]) -> HostGroup:
         """Start the processes, wait until all ranks are there, and connect them.
@@ -157,21 +155,24 @@ class Team:
 
     def failure(self) -> Exception | None:
         """What ended a rank before its time; None while all are there."""
+        if not self.processes:  # nobody started any yet, or torchrun did, and looks after them
+            return None if self._seat is None else self._told_error(self._seat.store)
         for rank, process in self.processes.items():
-            if (status := process.poll()) is not None:
-                if status < 0:
-                    return RuntimeError(f"rank {rank} was killed by {_signal_name(-status)}")
-                store = self._errors
-                break
-        else:
-            if self.processes or self._seat is None:
-                return None
-            store, rank, status = self._seat.store, -1, 0
+            status = process.poll()
+            if status is not None and status < 0:
+                return RuntimeError(f"rank {rank} was killed by {_signal_name(-status)}")
+            if status is not None:
+                ended = RuntimeError(f"rank {rank} has ended with status {status}")
+                return self._told_error(self._errors) or ended
+        return None
+
+    def _told_error(self, store: Any) -> Exception | None:
+        """The first rank's error that has told of one."""
         with suppress(RuntimeError):  # the store is gone
-            for other in range(1, self.size):
-                if store.check([f"error/{other}"]):
-                    return error_of(other, *json.loads(store.get(f"error/{other}")))
-        return None if rank < 0 else RuntimeError(f"rank {rank} has ended with status {status}")
+            for rank in range(1, self.size):
+                if store.check([f"error/{rank}"]):
+                    return error_of(rank, *json.loads(store.get(f"error/{rank}")))
+        return None
 
     def cause_of(self, error: Exception) -> Exception:
         """The error of another rank, if within two seconds one shows; else this rank's own."""
@@ -187,12 +188,21 @@ class Team:
         """False in a process that has forked from the one whose team it is."""
         return self._pid == os.getpid()
 
-    def end(self) -> None:
-        """See that the processes have ended; those that take longer are killed."""
+    def after_fork(self) -> None:
+        """The processes are the parent's, and end with that one alone."""
+        super().after_fork()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close this process's end of what the others end with."""
         for process in self.processes.values():
             if process.stdin is not None:
                 with suppress(OSError):
                     process.stdin.close()
+
+    def end(self) -> None:
+        """See that the processes have ended; those that take longer are killed."""
+        self._let_go()
         end = monotonic() + END_S
         for process in self.processes.values():
             try:
@@ -200,17 +210,6 @@ class Team:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _after_fork() -> None:
-    """In a forked child: the processes are the parent's, and end with that one alone."""
-    for team in list(_teams):
-        for process in team.processes.values():
-            if process.stdin is not None:
-                process.stdin.close()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def _require_gpus(device: str, size: int) -> None:

@@ -11,6 +11,7 @@ import sys
 import traceback
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from threading import Thread
 from typing import NoReturn
 
@@ -72,8 +73,7 @@ def _follow(runner: ModelRunner, group: HostGroup) -> None:
             return
         else:
             work = runner.check_weights if kind == CHECK_WEIGHTS else runner.load_weights
-            path = unpack_path(message)
-            group.first_error(lambda work=work, path=path: work(path))  # type: ignore[misc]
+            group.first_error(partial(work, unpack_path(message)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import numpy as np
@@ -24,20 +24,26 @@ FOREVER = timedelta(days=365)
 FRAME = 1024
 
 
-# What owns objects of torch's with threads of their own. A forked child, where these threads are
-# not, would wait for them for ever when it frees such objects: it never does.
-_owners: WeakSet[Any] = WeakSet()
+class Forkable:
+    """What is told, in a process that has forked from its own, that it is the parent's."""
 
+    _all: ClassVar[WeakSet["Forkable"]] = WeakSet()
 
-def keep_in_children(owner: Any) -> None:
-    """Have processes that fork from this one never free what is in the list owner.with_threads."""
-    _owners.add(owner)
+    def __init__(self) -> None:
+        # Objects of torch's with threads of their own. In a forked child these threads are not, and
+        # whoever freed the objects would wait for them for ever: it never does.
+        self.with_threads: list[Any] = []
+        Forkable._all.add(self)
+
+    def after_fork(self) -> None:
+        """In the child."""
+        for thing in self.with_threads:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _after_fork() -> None:
-    for owner in list(_owners):
-        for thing in owner.with_threads:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+    for each in list(Forkable._all):
+        each.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -98,7 +104,7 @@ class RankGroup:
         return number
 
 
-class HostGroup(RankGroup):
+class HostGroup(RankGroup, Forkable):
     """Ranks that exchange what lies in main memory, by Gloo.
 
     Args:
@@ -108,6 +114,7 @@ class HostGroup(RankGroup):
     """
 
     def __init__(self, store: Any, rank: int, size: int, is_local: bool) -> None:
+        super().__init__()
         self.rank, self.size = rank, size
         gloo: Any = dist.ProcessGroupGloo
         if is_local:
@@ -117,8 +124,7 @@ class HostGroup(RankGroup):
             self._gloo = gloo(store, rank, size, options)
         else:  # GLOO_SOCKET_IFNAME may say by which network
             self._gloo = gloo(store, rank, size, FOREVER)
-        self.with_threads = [self._gloo]
-        keep_in_children(self)
+        self.with_threads.append(self._gloo)
 
     def exchange(self, x: Tensor) -> list[Tensor]:
         """All ranks' x, in the order of the ranks.
