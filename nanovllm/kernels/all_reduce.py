@@ -40,38 +40,46 @@ class Peers(NamedTuple):
 
 
 @triton.jit
-def _fence(FENCE: tl.constexpr) -> None:
-    """Other GPUs see each thread's writes before before its writes after; likewise reads."""
-    if FENCE:
+def _tell(places, value, PTX: tl.constexpr) -> None:
+    """Write where another GPU looks: who reads it there sees all that was written here before."""
+    if PTX:  # by the first warp alone
         tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; mov.u32 $0, 0;", "=r,r", [tl.program_id(0)], tl.int32,
-            is_pure=False, pack=1,
+            """{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x;
+            setp.lt.u32 first, thread, 32; @first st.release.sys.global.s64 [$1], $2;
+            mov.u32 $0, 0; }""",
+            "=r,l,l", [places, value], tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+    else:
+        tl.store(places, value)
 
 
 @triton.jit
-def _meet(
-    meetings, counts, RANK: tl.constexpr, RANKS: tl.constexpr, FENCE: tl.constexpr
-) -> None:  # fmt: skip
+def _hear(places, PTX: tl.constexpr) -> tl.tensor:
+    """Read what another GPU has told, and from then on what it had written before."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.s64 $0, [$1];", "=l,l", [places], tl.int64,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.load(places, volatile=True)
+
+
+@triton.jit
+def _meet(meetings, counts, RANK: tl.constexpr, RANKS: tl.constexpr, PTX: tl.constexpr) -> None:
     """Wait until this program has come here on all ranks.
 
-    What they have written before, they see after. All ranks are told, and looked for, at a time.
+    What they have written before, they see after. All ranks are told, and listened to, at a time.
     """
     program = tl.program_id(0)
     count = tl.load(counts + program) + 1
-    ranks = tl.arange(0, triton.next_power_of_2(RANKS))
-    is_other = (ranks < RANKS) & (ranks != RANK)
-    places = tl.load(meetings + ranks, mask=is_other, other=0).to(tl.pointer_type(tl.int64))
-    _fence(FENCE)
-    tl.debug_barrier()  # all threads are here before one of them says so
-    told = count + tl.zeros_like(ranks)
-    tl.atomic_xchg(
-        places + (program * RANKS + RANK), told, mask=is_other, sem="relaxed", scope="sys"
-    )
+    ranks = tl.minimum(tl.arange(0, triton.next_power_of_2(RANKS)), RANKS - 1)
+    theirs = tl.load(meetings + ranks).to(tl.pointer_type(tl.int64)) + program * RANKS + RANK
     own = tl.load(meetings + RANK).to(tl.pointer_type(tl.int64)) + program * RANKS + ranks
-    while tl.min(tl.load(own, mask=is_other, other=count, volatile=True), axis=0) < count:
+    tl.debug_barrier()  # all threads are here before one of them says so
+    _tell(theirs, count + tl.zeros_like(ranks), PTX)
+    while tl.min(_hear(own, PTX), axis=0) < count:
         pass
-    _fence(FENCE)
     tl.store(counts + program, count)
     tl.debug_barrier()  # no thread goes on before
 
@@ -98,13 +106,13 @@ def _add_up(buffers, offset, places, mask, like, RANKS: tl.constexpr, MAX: tl.co
 @triton.jit
 def _one_shot_kernel(
     buffers, meetings, counts, out, offset, size, RANK: tl.constexpr, RANKS: tl.constexpr,
-    BLOCK: tl.constexpr, MAX: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, MAX: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK elements, of all ranks."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    _meet(meetings, counts, RANK, RANKS, FENCE)
+    _meet(meetings, counts, RANK, RANKS, PTX)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = places < size
     tl.store(out + places, _add_up(buffers, offset, places, mask, out, RANKS, MAX), mask=mask)
@@ -113,13 +121,13 @@ def _one_shot_kernel(
 @triton.jit
 def _two_shot_kernel(
     x, buffers, meetings, counts, offset, size, part, RANK: tl.constexpr, RANKS: tl.constexpr,
-    BLOCK: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each rank adds up its part, of `part` elements, and writes the sum to all ranks."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    _meet(meetings, counts, RANK, RANKS, FENCE)
+    _meet(meetings, counts, RANK, RANKS, PTX)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in tl.range(first, part, tl.num_programs(0) * BLOCK):
         own = start + tl.arange(0, BLOCK)
@@ -128,19 +136,19 @@ def _two_shot_kernel(
         total = _add_up(buffers, offset, places, mask, x, RANKS, False).to(x.dtype.element_ty)
         for rank in tl.static_range(RANKS):
             tl.store(_memory(buffers, rank, x) + offset + places, total, mask=mask)
-    _meet(meetings, counts, RANK, RANKS, FENCE)
+    _meet(meetings, counts, RANK, RANKS, PTX)
 
 
 @triton.jit
 def _gather_kernel(
     buffers, meetings, counts, out, offset, rows, WIDTH: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, BLOCK: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Copy all ranks' rows of WIDTH elements, side by side."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    _meet(meetings, counts, RANK, RANKS, FENCE)
+    _meet(meetings, counts, RANK, RANKS, PTX)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in tl.range(first, rows * WIDTH, tl.num_programs(0) * BLOCK):
         places = start + tl.arange(0, BLOCK)
@@ -149,7 +157,7 @@ def _gather_kernel(
         for rank in tl.static_range(RANKS):
             values = tl.load(_memory(buffers, rank, out) + offset + places, mask=mask)
             tl.store(out + targets + rank * WIDTH, values, mask=mask)
-    _meet(meetings, counts, RANK, RANKS, FENCE)  # before a rank overwrites what another reads
+    _meet(meetings, counts, RANK, RANKS, PTX)  # before a rank overwrites what another reads
 
 
 def one_shot(x: Tensor, peers: Peers, base: int, maximum: bool = False) -> Tensor:
@@ -170,7 +178,7 @@ def one_shot(x: Tensor, peers: Peers, base: int, maximum: bool = False) -> Tenso
     launch(
         _one_shot_kernel, (triton.cdiv(x.numel(), block),), x,
         *peers[:3], out, _offset(x, base), x.numel(), RANK=peers.rank, RANKS=peers.num_ranks,
-        BLOCK=block, MAX=maximum, FENCE=not knobs.runtime.interpret, num_warps=NUM_WARPS,
+        BLOCK=block, MAX=maximum, PTX=not knobs.runtime.interpret, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
@@ -182,7 +190,7 @@ def two_shot(x: Tensor, peers: Peers, base: int) -> Tensor:
     launch(
         _two_shot_kernel, (min(MAX_PROGRAMS, part // block),), x,
         x, *peers[:3], _offset(x, base), x.numel(), part, RANK=peers.rank, RANKS=peers.num_ranks,
-        BLOCK=block, FENCE=not knobs.runtime.interpret, num_warps=NUM_WARPS,
+        BLOCK=block, PTX=not knobs.runtime.interpret, num_warps=NUM_WARPS,
     )  # fmt: skip
     return x
 
@@ -195,7 +203,7 @@ def gather(x: Tensor, peers: Peers, base: int) -> Tensor:
     launch(
         _gather_kernel, (min(MAX_PROGRAMS, triton.cdiv(x.numel(), block)),), x,
         *peers[:3], out, _offset(x, base), num_rows, WIDTH=width, RANK=peers.rank,
-        RANKS=peers.num_ranks, BLOCK=block, FENCE=not knobs.runtime.interpret, num_warps=NUM_WARPS,
+        RANKS=peers.num_ranks, BLOCK=block, PTX=not knobs.runtime.interpret, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
