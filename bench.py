@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.config import QUANTIZATIONS
 from nanovllm.engine.scheduler import Batch
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.moe import MoE, route
@@ -70,6 +71,7 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument("--kvcache-block-size", type=int, default=256)
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.95)
     engine.add_argument("--tensor-parallel-size", type=int, default=1)
+    engine.add_argument("--quantization", default="auto", choices=("auto", *QUANTIZATIONS))
     args = parser.parse_args()
 
     has_gpu = args.device != "cpu" and torch.cuda.is_available()
@@ -177,7 +179,8 @@ class Floor:
 
         def weights(module: nn.Module) -> tuple[int, int]:
             """Those that a token is multiplied with: outside experts, and of the chosen ones."""
-            parameters = list(module.parameters())
+            named = module.named_parameters()
+            parameters = [p for name, p in named if not name.endswith("scales")]
             dense = sum(p.numel() for p in parameters if p.dim() == 2)
             return dense, sum(num_chosen * p[0].numel() for p in parameters if p.dim() == 3)
 
@@ -451,7 +454,7 @@ def run_once(
 def description(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """What was measured, and on what: the same for all runs of a command."""
     assert llm.model_runner is not None
-    device = llm.model_runner.device
+    device, quantization = llm.model_runner.device, llm.model_runner.part.quantization
     on_cuda = device.type == "cuda"
     return {
         "engine": "nano-vLLM",
@@ -460,6 +463,7 @@ def description(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
         "input_len": [args.min_input_len, args.max_input_len],
         "output_len": [args.min_output_len, args.max_output_len],
         "dtype": str(llm.model_runner.dtype).removeprefix("torch."),
+        "quantization": None if quantization is None else quantization.method,
         "device": torch.cuda.get_device_name(device) if on_cuda else processor(),
         "ranks": llm.config.tensor_parallel_size,
         "threads": None if on_cuda else torch.get_num_threads(),
@@ -504,6 +508,7 @@ def main() -> None:
         kvcache_block_size=args.kvcache_block_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         tensor_parallel_size=args.tensor_parallel_size,
+        quantization=args.quantization,
     )
     assert llm.model_runner is not None
     print(

@@ -13,6 +13,7 @@ from nanovllm.utils.loader import read_model_config, resolve_model_dir
 
 logger = logging.getLogger("nanovllm")
 
+QUANTIZATIONS = ("fp8",)
 ATTENTION_BACKENDS = ("torch", "flash_attn", "triton")
 BLOCK_SIZE_STEP = 16
 # The least and the most of each.
@@ -44,6 +45,7 @@ class Options(TypedDict, total=False):
     dtype: str
     attention_backend: str
     load_format: str
+    quantization: str
 
 
 @dataclass(slots=True)
@@ -70,6 +72,8 @@ class Config:
             processor multiplies in it, else float32), "float32", "float16", "bfloat16".
         attention_backend: "auto" (the fastest one installed), "torch", "flash_attn" or "triton".
         load_format: "auto" (safetensors) or "dummy" (random weights, no checkpoint read).
+        quantization: "auto" (weights as the checkpoint has them) or "fp8" (e4m3 numbers in blocks
+            of 128 x 128 with a scale each, quantised while they are loaded).
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range, options that
@@ -90,6 +94,7 @@ class Config:
     dtype: str = "auto"
     attention_backend: str = "auto"
     load_format: str = "auto"
+    quantization: str = "auto"
     model_dir: Path = field(init=False)
     model_config: ModelConfig = field(init=False)
 
@@ -108,7 +113,7 @@ class Config:
         self._check_options()
         self._check_combinations()
         self.model_dir = resolve_model_dir(self.model, with_weights=self.load_format != "dummy")
-        self.model_config = read_model_config(self.model_dir)
+        self.model_config = self.read_model_config(self.model_dir)
         self.model_config.split(self.tensor_parallel_size)
         require_int("eos", self.eos, low=-1, high=self.model_config.vocab_size - 1)
         limit = self.model_config.max_position_embeddings
@@ -124,6 +129,14 @@ class Config:
             )
         if self.num_kvcache_blocks != -1:
             check_pool_size(self.num_kvcache_blocks, self.kvcache_block_size, self.max_model_len)
+
+    def read_model_config(self, model_dir: Path) -> ModelConfig:
+        """That of a checkpoint, with what the options change.
+
+        Raises:
+            TypeError, ValueError: as utils.loader.read_model_config.
+        """
+        return read_model_config(model_dir).quantized(self.quantization)
 
     def _check_options(self) -> None:
         for name, (low, high) in INT_OPTIONS.items():
@@ -146,6 +159,7 @@ class Config:
         _require_choice("dtype", self.dtype, ("auto", *DTYPES))
         _require_choice("attention_backend", self.attention_backend, ("auto", *ATTENTION_BACKENDS))
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
+        _require_choice("quantization", self.quantization, ("auto", *QUANTIZATIONS))
 
     def _check_combinations(self) -> None:
         if self.attention_backend == "flash_attn":

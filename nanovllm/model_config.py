@@ -100,6 +100,24 @@ class Experts(NamedTuple):
     renormalized: bool
 
 
+class Quantization(NamedTuple):
+    """How the weights of the layers' matrix products are stored, but for routers and the head.
+
+    method: "fp8", see utils.quantization. kept: modules whose weights stay as they are.
+    is_stored: the checkpoint holds them so; else they are quantised while they are loaded.
+    """
+
+    method: str
+    kept: tuple[str, ...] = ()
+    is_stored: bool = False
+
+    def keeps(self, name: str) -> bool:
+        """True if a module's weights stay as they are."""
+        return any(
+            name == kept or name.startswith(f"{kept}.") or name.endswith(kept) for kept in self.kept
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shape of a model and what it has, from a config.json of transformers 4 or 5.
@@ -128,6 +146,7 @@ class ModelConfig:
     experts: Experts | None
     dtype: str
     eos_token_ids: frozenset[int]
+    quantization: Quantization | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
@@ -190,7 +209,14 @@ class ModelConfig:
             experts=_experts(raw, num_layers) if architecture.has_experts else None,
             dtype=dtype,
             eos_token_ids=as_token_ids(raw.get("eos_token_id")),
+            quantization=_quantization(raw),
         )
+
+    def quantized(self, method: str) -> "ModelConfig":
+        """The same model, its weights quantised; "auto": as the checkpoint has them."""
+        if method in ("auto", None if self.quantization is None else self.quantization.method):
+            return self
+        return replace(self, quantization=Quantization(method))
 
     def split(self, num_ranks: int) -> "ModelConfig":
         """The sizes of one rank's part of the model: of its heads, its MLP and its vocabulary.
@@ -321,6 +347,31 @@ def _experts(raw: Mapping[str, Any], num_layers: int) -> Experts:
     return Experts(frozenset(layers), num_experts, num_chosen, size, renormalized)
 
 
+def _quantization(raw: Mapping[str, Any]) -> Quantization | None:
+    found = raw.get("quantization_config")
+    if not found:
+        return None
+    method = found.get("quant_method")
+    if method != "fp8":
+        raise ValueError(
+            f"quantised checkpoints ({method!r}) are not implemented, but for 'fp8' ones"
+        )
+    for key, wanted in (
+        ("fmt", "e4m3"), ("weight_block_size", [128, 128]), ("activation_scheme", "dynamic"),
+    ):  # fmt: skip
+        if found.get(key, wanted if key == "fmt" else None) != wanted:
+            raise ValueError(
+                f"config.json: quantization_config with {key} {found.get(key)!r} is not "
+                f"implemented, only {wanted!r}"
+            )
+    kept = found.get("modules_to_not_convert") or []
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        raise ValueError(
+            f"config.json: modules_to_not_convert must be a list of names, got {kept!r}"
+        )
+    return Quantization("fp8", tuple(sorted(kept)), is_stored=True)
+
+
 def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = raw.get(key)
     if value is None:
@@ -359,9 +410,6 @@ def _refuse_unimplemented(raw: Mapping[str, Any]) -> None:
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layers of type {kind!r} are not implemented, only attention")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise ValueError(f"quantised checkpoints ({method!r}) are not implemented")
 
 
 def as_token_ids(value: int | list[int] | None) -> frozenset[int]:

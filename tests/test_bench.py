@@ -64,7 +64,7 @@ def test_the_floor_counts_the_experts_that_are_read(checkpoint: CheckpointFactor
 
         def count(layer: MoE, logits: torch.Tensor) -> None:
             _, chosen = route(logits, layer.num_chosen, layer.renormalized)
-            num_bytes = layer.experts.gate_up[0].nbytes + layer.experts.down[0].nbytes
+            num_bytes = layer.experts.gate_up.weight[0].nbytes + layer.experts.down.weight[0].nbytes
             bytes_a_layer.append(len(chosen.unique()) * num_bytes)
 
         for layer in layers:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import CheckpointFactory, ModelSpec, completions, greedy, is_idle, random_prompts
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
@@ -152,18 +154,17 @@ def test_after_a_load_that_failed_halfway_only_a_load_helps(
     llm: LLM, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = use(llm)
-    tensors = loader._tensors
+    read, numbers = loader._read, count()
 
-    def failing(model_dir: Path, device: torch.device) -> Iterator[tuple[Any, str]]:
-        for number, (file, name) in enumerate(tensors(model_dir, device)):
-            if number == 7:
-                raise ValueError("the disk is gone")
-            yield file, name
+    def failing(*args: Any) -> Tensor:
+        if next(numbers) == 7:
+            raise ValueError("the disk is gone")
+        return read(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(model_runner, "check_checkpoint", lambda *_: None)
         patch.setattr(loader, "check_checkpoint", lambda *_: None)
-        patch.setattr(loader, "_tensors", failing)
+        patch.setattr(loader, "_read", failing)
         with pytest.raises(ValueError, match="disk is gone"):
             llm.load_weights(models[1])
     for attempt in (

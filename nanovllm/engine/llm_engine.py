@@ -36,7 +36,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import find_hidden_ids, find_stop_ids, load_tokenizer
 from nanovllm.engine.turns import Turns, always, never
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.loader import read_model_config, resolve_model_dir
+from nanovllm.utils.loader import resolve_model_dir
 
 # Told of a step with what has just happened to it: see LLMEngine.
 Event = Literal["begin", "scheduled", "launched", "read", "processed"]
@@ -351,7 +351,7 @@ class LLMEngine:
         """
         self._refuse_nested_steps()
         model_dir = resolve_model_dir(model)
-        other = read_model_config(model_dir)
+        other = self.config.read_model_config(model_dir)
         if found := self.config.model_config.differences(other):
             raise ValueError(f"{model_dir} is of another shape than the model: {', '.join(found)}")
 

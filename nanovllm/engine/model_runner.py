@@ -23,6 +23,7 @@ from nanovllm.layers.linear import Linear
 from nanovllm.layers.logprobs import ROWS_AT_A_TIME
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.products import first_sizes
+from nanovllm.layers.stored_weight import pack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
@@ -141,7 +142,7 @@ class ModelRunner:
         self.synchronize()
         with own_modes(self.device, inference=False):
             self.model.unpack()
-            load_weights(self.model, model_dir, self._shapes, self.group)
+            load_weights(self.model, model_dir, self._shapes, self.group, pack)
             self.model.pack()
 
     def new_seed(self) -> int:
@@ -177,12 +178,18 @@ class ModelRunner:
         whole = model
         if self.group.size > 1:
             whole = Qwen3ForCausalLM(config.model_config, backend, 1, device=torch.device("meta"))
-        self._shapes = checkpoint_shapes(whole)
+        quantization = self.part.quantization
+        self._shapes = checkpoint_shapes(whole, quantization is not None and quantization.is_stored)
+        if quantization is not None and not kernels.multiplies_fp8(self.device):
+            logger.info(
+                f"FP8 weights are kept as {str(self.dtype).removeprefix('torch.')}: for them as "
+                f"such there are no kernels on {self.device}"
+            )
         with logged(f"Loading {config.model_dir}"):
             if config.load_format == "dummy":
                 fill_random(model)
             else:
-                load_weights(model, config.model_dir, self._shapes, self.group)
+                load_weights(model, config.model_dir, self._shapes, self.group, pack)
             model.pack()
         return model.eval()
 

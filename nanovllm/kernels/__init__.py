@@ -26,6 +26,11 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda" and _has_triton()
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """True if the kernels for FP8 weights run on a device: sm_89 and later."""
+    return usable(device) and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def kernel_of(twin: T, module: str, device: torch.device) -> T:
     """The kernel that does what a PyTorch function does, where kernels are usable; else that one.
 

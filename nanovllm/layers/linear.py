@@ -5,6 +5,7 @@ computed depends on the number of tokens: see nanovllm.layers.products.
 """
 
 from collections.abc import Iterator
+from math import gcd
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +15,12 @@ from nanovllm.kernels import kernel_of
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.products import LinearInputs, ProductTable, pack, product_table
+from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.utils.parallel import RankGroup
+from nanovllm.utils.quantization import Target, own_targets
 
 
-class Linear(nn.Module):
+class Linear(StoredWeight):
     """y = norm(x) @ weight.T + bias, weight [output_size, input_size]; options: device, dtype."""
 
     is_gated: ClassVar[bool] = False
@@ -26,33 +29,32 @@ class Linear(nn.Module):
     def __init__(
         self, input_size: int, output_size: int, bias: bool = False, **options: Any
     ) -> None:
-        super().__init__()
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, **options), requires_grad=False)
-
-        self.weight = parameter(output_size, input_size)
-        self.bias = parameter(output_size) if bias else None
+        super().__init__(output_size, input_size, **options)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(output_size, **options), requires_grad=False)
         self.act = kernel_of(silu_and_mul, "fused", self.weight.device) if self.is_gated else None
         self.products = self._product_table()
 
     def _product_table(self) -> ProductTable:
-        return product_table(self.weight, self.is_gated, self.is_head, self.bias is not None)
+        kind = self.is_gated, self.is_head, self.bias is not None
+        return product_table(self.weight, *kind, scales=self.scales)
 
     def pack(self) -> None:
-        """Keep the weight, now that it is filled, as this machine multiplies fastest."""
-        packed = pack(self.weight)
-        if packed is not self.weight:
-            self._replace_weight(packed)
+        super().pack()
+        if self.scales is None and not self.weight.is_mkldnn:
+            packed = pack(self.weight)
+            if packed is not self.weight:
+                self.replace(packed)
 
     def unpack(self) -> None:
-        """Have plain memory for the weight again, to be filled."""
+        super().unpack()
         if self.weight.is_mkldnn:
             shape, dtype = self.weight.shape, self.weight.dtype
-            self._replace_weight(torch.empty(shape, dtype=dtype, device=self.weight.device))
+            self.replace(torch.empty(shape, dtype=dtype, device=self.weight.device))
 
-    def _replace_weight(self, weight: Tensor) -> None:
-        self.weight = nn.Parameter(weight, requires_grad=False)
+    def replace(self, weight: Tensor, scales: Tensor | None = None) -> None:
+        super().replace(weight, scales)
         self.products = self._product_table()
 
     def forward(
@@ -120,10 +122,14 @@ class MergedLinear(Linear):
         super().__init__(input_size, sum(output_sizes.values()), bias, **options)
         self.output_sizes = output_sizes
 
-    def shards(self) -> Iterator[tuple[str, Tensor]]:
+    @property
+    def row_step(self) -> int:
+        return gcd(*self.output_sizes.values())
+
+    def shards(self) -> Iterator[tuple[str, Target]]:
         """("q_proj.weight", its rows of the merged weight) and so on, biases too."""
-        for name, parameter in self.named_parameters():
-            parts = parameter.split(list(self.output_sizes.values()))
+        for name, target in own_targets(self).items():
+            parts = target.split(list(self.output_sizes.values()))
             for shard, part in zip(self.output_sizes, parts, strict=True):
                 yield f"{shard}.{name}", part
 

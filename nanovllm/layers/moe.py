@@ -16,8 +16,10 @@ from nanovllm import kernels
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.parallel import RankGroup
+from nanovllm.utils.quantization import Target, matrices, own_targets
 
 # Up to how many tokens each reads the weights of its own experts, on a GPU. Measured on an H100.
 MOST_FEW = 1
@@ -67,24 +69,29 @@ def run_experts(
     return out.to(x.dtype)
 
 
+class GateUpWeight(StoredWeight):
+    """[num_experts, 2 * intermediate_size, hidden_size], gate over up."""
+
+    @property
+    def row_step(self) -> int:
+        return self.weight.size(-2) // 2
+
+
 class ExpertWeights(nn.Module):
-    """Those of all experts' MLPs, stacked; options: their device and dtype."""
+    """Those of all experts' MLPs; options: their device and dtype."""
 
     def __init__(self, config: ModelConfig, **options: Any) -> None:
         super().__init__()
         assert config.experts is not None
         _, num_experts, _, size, _ = config.experts
+        self.gate_up = GateUpWeight(num_experts, 2 * size, config.hidden_size, **options)
+        self.down = StoredWeight(num_experts, config.hidden_size, size, **options)
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, **options), requires_grad=False)
-
-        self.gate_up = parameter(num_experts, 2 * size, config.hidden_size)
-        self.down = parameter(num_experts, config.hidden_size, size)
-
-    def shards(self) -> Iterator[tuple[str, Tensor]]:
+    def shards(self) -> Iterator[tuple[str, Target]]:
         """("experts.0.gate_proj.weight", its part of gate_up) and so on."""
-        for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
-            gate, up = gate_up.chunk(2)
+        stacks = own_targets(self.gate_up)["weight"], own_targets(self.down)["weight"]
+        for expert, (gate_up, down) in enumerate(zip(*map(matrices, stacks), strict=True)):
+            gate, up = gate_up.split([gate_up.shape[0] // 2] * 2)
             yield f"experts.{expert}.gate_proj.weight", gate
             yield f"experts.{expert}.up_proj.weight", up
             yield f"experts.{expert}.down_proj.weight", down
@@ -116,7 +123,7 @@ class MoE(nn.Module):
         self.experts = ExpertWeights(config, **options)
         # By the most tokens that each is for, as nanovllm.layers.products has it.
         self.products: dict[float, Callable[[ExpertInputs], Tensor]] = {math.inf: self._plain}
-        if kernels.usable(self.experts.down.device):
+        if kernels.usable(self.experts.down.weight.device):
             from nanovllm.kernels.moe import token_tile_borders
 
             borders = token_tile_borders(config.experts.num_experts, self.num_chosen)
@@ -137,7 +144,7 @@ class MoE(nn.Module):
         x, norm, residual, out = inputs
         y = norm(x)
         weights, chosen = route(self.gate(y), self.num_chosen, self.renormalized)
-        y = run_experts(y, self.experts.gate_up, self.experts.down, weights, chosen)
+        y = run_experts(y, self.experts.gate_up.weight, self.experts.down.weight, weights, chosen)
         y = y if residual is None else residual.add_(y)
         return y if out is None else out.copy_(y)
 
@@ -147,7 +154,7 @@ class MoE(nn.Module):
 
         x, norm, residual, out = inputs
         routed = moe.route(self.gate(x, norm=norm), self.num_chosen, self.renormalized)
-        weights = self.experts.gate_up, self.experts.down
+        weights = self.experts.gate_up.weight, self.experts.down.weight
         normed = x, norm.weight, norm.eps
         return moe.few_tokens_experts(*normed, *weights, *routed, residual=residual, out=out)
 
@@ -156,5 +163,6 @@ class MoE(nn.Module):
 
         x, norm, residual, out = inputs
         y = norm(x)
-        how = self.experts.gate_up, self.experts.down, self.gate(y), self.num_chosen
-        return grouped_experts(y, *how, self.renormalized, residual=residual, out=out)
+        weights = self.experts.gate_up.weight, self.experts.down.weight
+        routed = self.gate(y), self.num_chosen
+        return grouped_experts(y, *weights, *routed, self.renormalized, residual, out)

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from nanovllm.layers.attention import Attention, Backend
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import GatedLinear, Linear, MergedLinear, RowParallelLinear
+from nanovllm.layers.linear import GatedLinear, MergedLinear, RowParallelLinear
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.layers.stored_weight import StoredWeight, quantize
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.context import Context
 from nanovllm.utils.parallel import RankGroup
@@ -114,6 +115,8 @@ class Qwen3DecoderLayer(nn.Module):
         self.mlp = mlp(config, group, **options)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+        if config.quantization is not None:
+            quantize(self, f"model.layers.{index}", config.quantization)
 
     def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
         """The stream x [num_tokens, hidden_size] through the block.
@@ -188,22 +191,22 @@ class Qwen3ForCausalLM(nn.Module):
         self.unpack()
 
     def pack(self) -> None:
-        """To be called when all parameters are filled: see Linear.pack.
+        """To be called when all parameters are filled: see StoredWeight.pack.
 
         A tied embedding stays as it is, since its rows are looked up, beside the packed head.
         """
-        for linear in self._linears():
-            linear.pack()
+        for module in self._stored_weights():
+            module.pack()
 
     def unpack(self) -> None:
         """To be called before parameters are filled."""
-        for linear in self._linears():
-            linear.unpack()
+        for module in self._stored_weights():
+            module.unpack()
         if self.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def _linears(self) -> Iterator[Linear]:
-        return (module for module in self.modules() if isinstance(module, Linear))
+    def _stored_weights(self) -> Iterator[StoredWeight]:
+        return (module for module in self.modules() if isinstance(module, StoredWeight))
 
     def forward(self, x: Tensor, context: Context, out: Tensor | None = None) -> Tensor:
         """Logits of the positions that `context.logit_rows` names.

@@ -1,6 +1,7 @@
 """Find a checkpoint and fill a model's parameters from it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +10,16 @@ from torch import Tensor, nn
 
 from nanovllm.model_config import LFS_ADVICE, ModelConfig, is_lfs_pointer, read_json
 from nanovllm.utils.parallel import RankGroup
+from nanovllm.utils.quantization import (
+    BLOCK,
+    E4M3,
+    SCALES_SUFFIX,
+    Fp8Weight,
+    Target,
+    num_blocks,
+    own_targets,
+    quantize,
+)
 
 CONFIG_FILES = (
     "config.json",
@@ -20,6 +31,7 @@ CONFIG_FILES = (
     "added_tokens.json",
     "chat_template.*",
 )
+FP8_SCALE = 0.02 / 100  # of random weights
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
 
@@ -64,7 +76,7 @@ def resolve_model_dir(model: str | Path, with_weights: bool = True) -> Path:
 class Merged(Protocol):
     """A module whose parameters stand in a checkpoint as several tensors each."""
 
-    def shards(self) -> Iterator[tuple[str, Tensor]]:
+    def shards(self) -> Iterator[tuple[str, Target]]:
         """Their names there, where the module's own name would stand, and the parts they fill."""
 
 
@@ -100,22 +112,37 @@ def read_model_config(model_dir: Path) -> ModelConfig:
         raise type(error)(f"{model_dir / 'config.json'}: {error}") from error
 
 
-def checkpoint_targets(model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_targets(model: nn.Module) -> dict[str, Target]:
     """Every tensor that a checkpoint must hold, by its name there: the memory it is copied to."""
-    targets: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, Merged):
-            parent = prefix.rpartition(".")[0]
-            targets.update((f"{parent}.{name}", part) for name, part in module.shards())
-        else:
-            parameters = module.named_parameters(recurse=False)
-            targets.update((f"{prefix}.{name}", parameter) for name, parameter in parameters)
-    return targets
+    return {name: target for _, targets in targets_by_module(model) for name, target in targets}
 
 
-def checkpoint_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shape of every tensor that a checkpoint must hold, by its name there."""
-    return {name: target.shape for name, target in checkpoint_targets(model).items()}
+def targets_by_module(
+    module: nn.Module, prefix: str = ""
+) -> Iterator[tuple[nn.Module, list[tuple[str, Target]]]]:
+    """checkpoint_targets of each module that has any of its own."""
+    if isinstance(module, Merged):
+        parent = prefix.rpartition(".")[0]
+        yield module, [(f"{parent}.{name}", part) for name, part in module.shards()]
+        return
+    if own := own_targets(module):
+        yield module, [(f"{prefix}.{name}", target) for name, target in own.items()]
+    for name, child in module.named_children():
+        yield from targets_by_module(child, f"{prefix}.{name}".lstrip("."))
+
+
+def checkpoint_shapes(model: nn.Module, is_fp8: bool = False) -> dict[str, torch.Size]:
+    """The shape of every tensor that a checkpoint must hold, by its name there.
+
+    Args:
+        is_fp8: the checkpoint holds the model's FP8 weights as such.
+    """
+    shapes = {}
+    for name, target in checkpoint_targets(model).items():
+        shapes[name] = target.shape
+        if is_fp8 and isinstance(target, Fp8Weight):
+            shapes[name + SCALES_SUFFIX] = torch.Size(map(num_blocks, target.shape))
+    return shapes
 
 
 # One tensor under two names, where tie_word_embeddings is true.
@@ -133,27 +160,29 @@ def check_checkpoint(shapes: dict[str, torch.Size], is_tied: bool, model_dir: Pa
         ValueError: a missing, truncated or corrupt file, a tensor of the wrong shape or with no
             parameter, a tensor that comes twice, or a parameter with no tensor.
     """
-    found: set[str] = set()
-    for file, name in _tensors(model_dir, torch.device("cpu")):
-        if name in found:
-            raise ValueError(f"{model_dir}: tensor {name!r} stands in the checkpoint twice")
-        if name not in shapes:
-            hint = ""
-            if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-                hint = "; experts are to be saved one by one, as save_pretrained does by itself"
-            raise ValueError(f"{model_dir}: the model has no parameter for tensor {name!r}{hint}")
-        tensor = file.get_slice(name)
-        if not tensor.get_dtype().startswith(("F", "BF")):
-            raise ValueError(
-                f"{model_dir}: tensor {name!r} is {tensor.get_dtype()}; quantised checkpoints are "
-                "not implemented"
-            )
-        if list(tensor.get_shape()) != list(shapes[name]):
-            raise ValueError(
-                f"{model_dir}: tensor {name!r} has shape {tensor.get_shape()}, the configuration "
-                f"asks for {list(shapes[name])}"
-            )
-        found.add(name)
+    with _opened(model_dir, torch.device("cpu")) as files:
+        for name, file in files.items():
+            if name not in shapes:
+                raise ValueError(
+                    f"{model_dir}: the model has no parameter for tensor {name!r}{_why(name)}"
+                )
+            tensor, is_fp8 = file.get_slice(name), name + SCALES_SUFFIX in shapes
+            kind = tensor.get_dtype()
+            if is_fp8 and kind != "F8_E4M3":
+                raise ValueError(
+                    f"{model_dir}: tensor {name!r} is {kind}, the configuration asks for F8_E4M3"
+                )
+            if not is_fp8 and kind not in ("F16", "F32", "F64", "BF16"):
+                raise ValueError(
+                    f"{model_dir}: tensor {name!r} is {kind}; quantised checkpoints are not "
+                    "implemented, but for FP8 weights that the configuration says to be so"
+                )
+            if list(tensor.get_shape()) != list(shapes[name]):
+                raise ValueError(
+                    f"{model_dir}: tensor {name!r} has shape {tensor.get_shape()}, the "
+                    f"configuration asks for {list(shapes[name])}"
+                )
+        found = set(files)
     if is_tied and found & TIED:
         found |= TIED
     if missing := [name for name in shapes if name not in found]:
@@ -162,71 +191,133 @@ def check_checkpoint(shapes: dict[str, torch.Size], is_tied: bool, model_dir: Pa
         )
 
 
+def _why(name: str) -> str:
+    """A checkpoint may hold a tensor that the model has no parameter for: what to do about it."""
+    if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+        return "; experts are to be saved one by one, as save_pretrained does by itself"
+    if name.endswith(SCALES_SUFFIX):
+        return ", which scales a weight that the configuration does not say to be quantised"
+    return ""
+
+
 def load_weights(
     model: nn.Module,
     model_dir: Path,
     shapes: dict[str, torch.Size] | None = None,
     group: RankGroup | None = None,
+    on_filled: Callable[[nn.Module], object] = lambda module: None,
 ) -> None:
     """Fill all of a model's parameters from the safetensors in a directory.
 
-    Tensors are read straight to the parameters' device and converted to their dtype. Rotary
-    frequencies, which old exports carry, are passed over.
+    Tensors are read straight to the parameters' device and converted to their dtype; those of FP8
+    weights are quantised, if they are not.
 
     Args:
         shapes: the checkpoint's, where the model is one rank's part of it; None: the model's own.
         group: of the ranks that share it: of each tensor only the rank's part is read.
+        on_filled: told of each module once all of its parameters are filled.
 
     Raises:
         ValueError: as check_checkpoint, and then nothing has been changed; or tied weights that
-            differ.
+            differ, or weights to be quantised that are not finite.
     """
-    targets = checkpoint_targets(model)
     group = RankGroup() if group is None else group
     is_tied = bool(getattr(model, "tie_word_embeddings", False))
     check_checkpoint(checkpoint_shapes(model) if shapes is None else shapes, is_tied, model_dir)
+    device = next(model.parameters()).device
+    targets: dict[str, Target] = {}
+    left: dict[str, tuple[nn.Module, set[str]]] = {}  # of each module, what is not yet filled
+    for module, pairs in targets_by_module(model):
+        targets.update(pairs)
+        names = {name for name, _ in pairs}
+        left.update(dict.fromkeys(names, (module, names)))
     filled: set[str] = set()
-    for file, name in _tensors(model_dir, next(model.parameters()).device):
-        if name not in targets:
-            continue  # another rank's
-        target = targets[name].data
-        tensor = _read_part(file, name, target.shape, group)
-        is_again = is_tied and name in TIED and filled & TIED
-        if is_again and not torch.equal(tensor.to(target.dtype), target):
-            raise ValueError(
-                f"{model_dir}: tie_word_embeddings is true, but lm_head.weight differs from the "
-                "embedding"
-            )
-        target.copy_(tensor)
-        filled.add(name)
+    with _opened(model_dir, device) as files:
+        for name in files:
+            if name not in targets:
+                continue  # another rank's, or scales, which are read with their weight
+            target = targets.pop(name)
+            if isinstance(target, Fp8Weight):
+                target.fill(*_read_fp8(files, name, target.shape, group))
+            else:
+                whole = files[name].get_slice(name).get_shape()
+                tensor = _read(files, name, _place(whole, target.shape, group))
+                is_again = is_tied and name in TIED and filled & TIED
+                if is_again and not torch.equal(tensor.to(target.dtype), target):
+                    raise ValueError(
+                        f"{model_dir}: tie_word_embeddings is true, but lm_head.weight differs "
+                        "from the embedding"
+                    )
+                target.data.copy_(tensor)
+            filled.add(name)
+            module, names = left.pop(name)
+            names.discard(name)
+            if not names:
+                on_filled(module)
 
 
-def _read_part(file: Any, name: str, shape: torch.Size, group: RankGroup) -> Tensor:
-    """A tensor of the checkpoint, or of the dimension in which that is larger the rank's part."""
-    whole = file.get_slice(name)
-    for dim, (whole_size, size) in enumerate(zip(whole.get_shape(), shape, strict=True)):
-        if whole_size != size:
-            start = group.part_of(whole_size, size)
-            part: Tensor = whole[(slice(None),) * dim + (slice(start, start + size),)]
-            return part
-    tensor: Tensor = file.get_tensor(name)
+def _place(whole: list[int], shape: torch.Size, group: RankGroup) -> tuple[slice, ...]:
+    """Where a checkpoint's tensor has the rank's part: all of a dimension that is no larger."""
+    starts = [
+        0 if whole_size == size else group.part_of(whole_size, size)
+        for whole_size, size in zip(whole, shape, strict=True)
+    ]
+    return tuple(slice(start, start + size) for start, size in zip(starts, shape, strict=True))
+
+
+def _read(files: dict[str, Any], name: str, place: tuple[slice, ...]) -> Tensor:
+    """That part of a tensor."""
+    whole = files[name].get_slice(name)
+    is_all = [part.stop - part.start for part in place] == list(whole.get_shape())
+    tensor: Tensor = files[name].get_tensor(name) if is_all else whole[place]
     return tensor
 
 
-def _tensors(model_dir: Path, device: torch.device) -> Iterator[tuple[Any, str]]:
-    """Each tensor of the checkpoint: the opened file, and the tensor's name in it."""
+def _read_fp8(
+    files: dict[str, Any], name: str, shape: torch.Size, group: RankGroup
+) -> tuple[Tensor, Tensor, list[int]]:
+    """The rank's part of a weight, for Fp8Weight.fill: quantised, if the checkpoint's is not."""
+    whole = files[name].get_slice(name).get_shape()
+    place = _place(whole, shape, group)
+    blocks = tuple(slice(part.start // BLOCK, num_blocks(part.stop)) for part in place)
+    starts = [part.start % BLOCK for part in place]
+    if name + SCALES_SUFFIX in files:
+        scales = _read(files, name + SCALES_SUFFIX, blocks)
+        return _read(files, name, place), scales.float(), starts
+    # A block that is cut has the scale of all of it.
+    around = tuple(
+        slice(part.start * BLOCK, min(part.stop * BLOCK, size))
+        for part, size in zip(blocks, whole, strict=True)
+    )
+    values, scales = quantize(_read(files, name, around), name)
+    rows, inputs = (slice(start, start + size) for start, size in zip(starts, shape, strict=True))
+    return values[rows, inputs], scales, starts
+
+
+@contextmanager
+def _opened(model_dir: Path, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The opened file that each tensor of the checkpoint is in.
+
+    Raises:
+        ValueError: a missing, truncated or corrupt file, or a tensor that comes twice.
+    """
     from safetensors import SafetensorError, safe_open
 
-    for path in _weight_files(model_dir):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    if not name.endswith("rotary_emb.inv_freq"):
-                        yield file, name
-        except (SafetensorError, OSError) as error:
-            if is_lfs_pointer(path):
-                raise ValueError(f"{path} {LFS_ADVICE}") from None
-            raise ValueError(f"{path} is missing, truncated or corrupt: {error}") from error
+    files: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for path in _weight_files(model_dir):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt", device=str(device)))
+                names = [name for name in file.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                if is_lfs_pointer(path):
+                    raise ValueError(f"{path} {LFS_ADVICE}") from None
+                raise ValueError(f"{path} is missing, truncated or corrupt: {error}") from error
+            for name in names:
+                if name in files:
+                    raise ValueError(f"{model_dir}: tensor {name!r} stands in the checkpoint twice")
+                files[name] = file
+        yield files
 
 
 def _weight_files(model_dir: Path) -> list[Path]:
@@ -266,8 +357,19 @@ def fill_random(model: nn.Module, seed: int = 0) -> None:
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(std=0.02, generator=generator)
-        else:
-            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    def fill(parameter: Tensor) -> None:
+        parameter.normal_(std=0.02, generator=generator)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == E4M3:
+                for matrix in parameter.flatten(0, -2).split(1 << 16):
+                    fill(random := torch.empty(matrix.shape, device=device))
+                    matrix.copy_(random / FP8_SCALE)
+            elif name.endswith("scales"):
+                parameter.fill_(FP8_SCALE)
+            elif parameter.dim() > 1:
+                fill(parameter)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
