@@ -23,7 +23,7 @@ from nanovllm.layers.linear import Linear
 from nanovllm.layers.logprobs import ROWS_AT_A_TIME
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.products import first_sizes
-from nanovllm.layers.stored_weight import pack
+from nanovllm.layers.stored_weight import StoredWeight, pack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
@@ -180,17 +180,18 @@ class ModelRunner:
             whole = Qwen3ForCausalLM(config.model_config, backend, 1, device=torch.device("meta"))
         quantization = self.part.quantization
         self._shapes = checkpoint_shapes(whole, quantization is not None and quantization.is_stored)
-        if quantization is not None and not kernels.multiplies_fp8(self.device):
-            logger.info(
-                f"FP8 weights are kept as {str(self.dtype).removeprefix('torch.')}: for them as "
-                f"such there are no kernels on {self.device}"
-            )
         with logged(f"Loading {config.model_dir}"):
             if config.load_format == "dummy":
                 fill_random(model)
             else:
                 load_weights(model, config.model_dir, self._shapes, self.group, pack)
             model.pack()
+        fp8 = [m for m in model.modules() if isinstance(m, StoredWeight) and m.is_fp8]
+        if other := sum(module.scales is None for module in fp8):
+            logger.info(
+                f"{other} of {len(fp8)} FP8 weights are kept as "
+                f"{str(self.dtype).removeprefix('torch.')}: there are no kernels for them as such"
+            )
         return model.eval()
 
     def _allocate_step_memory(self) -> None:

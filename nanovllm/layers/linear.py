@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from nanovllm.kernels import kernel_of
 from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.fp8 import fp8_table
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.products import LinearInputs, ProductTable, pack, product_table
 from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.utils.parallel import RankGroup
-from nanovllm.utils.quantization import Target, own_targets
+from nanovllm.utils.quantization import Fp8Weight, Target, own_targets
 
 
 class Linear(StoredWeight):
@@ -37,8 +38,10 @@ class Linear(StoredWeight):
         self.products = self._product_table()
 
     def _product_table(self) -> ProductTable:
-        kind = self.is_gated, self.is_head, self.bias is not None
-        return product_table(self.weight, *kind, scales=self.scales)
+        if self.scales is not None:
+            weight = Fp8Weight(self.weight, self.scales)
+            return fp8_table(weight, self.dtype, self.is_gated, self.bias is not None)
+        return product_table(self.weight, self.is_gated, self.is_head, self.bias is not None)
 
     def pack(self) -> None:
         super().pack()

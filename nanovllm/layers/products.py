@@ -16,7 +16,6 @@ from torch import Tensor
 from nanovllm import kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.device import uses_onednn
-from nanovllm.utils.quantization import Fp8Weight
 
 
 class LinearInputs(NamedTuple):
@@ -109,12 +108,6 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def dequantized(inputs: LinearInputs, scales: Tensor) -> Tensor:
-    """`plain`, with a weight that is made for it each time: the twin of the products of FP8."""
-    weight = Fp8Weight(inputs.weight, scales).dequantized(inputs.x.dtype)
-    return plain(inputs._replace(weight=weight))
-
-
 def few_tokens(inputs: LinearInputs) -> Tensor:
     """One launch."""
     from nanovllm.kernels.gemv import matvec
@@ -144,7 +137,6 @@ def product_table(
     is_gated: bool = False,
     is_head: bool = False,
     has_bias: bool = False,
-    scales: Tensor | None = None,
 ) -> ProductTable:
     """The products of a layer, by the GPU, shape and dtype of its weight [num_rows, input_size].
 
@@ -154,13 +146,10 @@ def product_table(
         is_gated: gate over up; SiLU(gate) * up follows the matrix product.
         is_head: the output head.
         has_bias: which the kernels of gated layers have not.
-        scales: of an FP8 weight.
 
     Returns:
         Of a kernel that is compiled differently for more tokens, each form has its entry.
     """
-    if scales is not None:
-        return fp8_table(Fp8Weight(weight, scales), is_gated, has_bias)
     if weight.is_mkldnn:
         return {math.inf: onednn}
     if not kernels.usable(weight.device) or (is_gated and has_bias):
@@ -181,11 +170,6 @@ def product_table(
     if is_gated and is_hopper_16_bit and num_rows % 16 == 0 and input_size % 8 == 0:
         return table | {2047: plain, math.inf: gated_prefill}
     return table | {math.inf: plain}
-
-
-def fp8_table(weight: Fp8Weight, is_gated: bool, has_bias: bool) -> ProductTable:
-    """Likewise of a layer whose weight is FP8."""
-    return {math.inf: partial(dequantized, scales=weight.scales)}
 
 
 def _most_small(weight: Tensor, is_gated: bool, is_head: bool, was_measured: bool) -> int:

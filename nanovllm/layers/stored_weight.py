@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanovllm import kernels
+from nanovllm.layers.fp8 import is_multiplied
 from nanovllm.model_config import Quantization
 from nanovllm.utils.loader import targets_by_module
-from nanovllm.utils.quantization import Fp8Weight
+from nanovllm.utils.quantization import Fp8Weight, Target
 
 ROUTER = ".mlp.gate"  # how the name of a layer's router ends
 
@@ -34,6 +34,11 @@ class StoredWeight(nn.Module):
         """Parts of the rows that are filled by themselves begin at multiples of it."""
         return self.weight.size(-2)
 
+    @property
+    def stored(self) -> Target:
+        """The weight, with its scales if it is FP8."""
+        return self.weight if self.scales is None else Fp8Weight(self.weight, self.scales)
+
     def quantize(self) -> None:
         """Have FP8 memory for it, to be filled."""
         self.is_fp8 = True
@@ -42,8 +47,9 @@ class StoredWeight(nn.Module):
 
     def pack(self) -> None:
         """Keep it, now that it is filled, as this machine multiplies fastest."""
-        if self.scales is not None and not kernels.multiplies_fp8(self.weight.device):
-            self.replace(Fp8Weight(self.weight, self.scales).dequantized(self.dtype))
+        stored = self.stored
+        if isinstance(stored, Fp8Weight) and not is_multiplied(stored, self.dtype):
+            self.replace(stored.dequantized(self.dtype))
 
     def unpack(self) -> None:
         """Have memory for it again, to be filled."""

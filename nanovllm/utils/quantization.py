@@ -76,6 +76,13 @@ class Fp8Weight(NamedTuple):
         self.scales.copy_(scales)
 
 
+class Fp8Rows(NamedTuple):
+    """Tokens as FP8: values e4m3 [num_tokens, size], scales float32 [size / 128, num_tokens]."""
+
+    values: Tensor
+    scales: Tensor
+
+
 # What one tensor of a checkpoint fills.
 Target = Tensor | Fp8Weight
 

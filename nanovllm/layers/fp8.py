@@ -1,0 +1,129 @@
+"""How a linear layer is computed whose weight is FP8, and by which of several ways.
+
+Of few tokens reading the weight is all that takes time: it is converted in registers, and nothing
+else is rounded. Of more, tokens are made FP8 too, each 128 numbers with a scale of their own, since
+a tensor core multiplies those twice as fast.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm import kernels
+from nanovllm.layers.products import LinearInputs, ProductTable, plain
+from nanovllm.utils.quantization import BLOCK, E4M3, E4M3_MAX, Fp8Rows, Fp8Weight
+
+# Up to how many tokens each of our kernels is the fastest, or the least rounding. On an H100.
+MOST_FEW, MOST_CONVERTED, MOST_OWN = 1, 16, 128
+
+
+def quantize_rows(x: Tensor) -> Fp8Rows:
+    """Tokens [num_tokens, size] as FP8, each 128 numbers with the scale that makes the largest 448.
+
+    Zeros have a scale of 0. 128 divides size.
+    """
+    groups = x.float().unflatten(1, (-1, BLOCK))
+    scales = groups.abs().amax(dim=-1, keepdim=True) / E4M3_MAX
+    values = groups / scales.masked_fill(scales == 0, 1.0)
+    values = values.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3).flatten(1)
+    return Fp8Rows(values, scales.squeeze(-1).T.contiguous())
+
+
+def dequantized(inputs: LinearInputs, scales: Tensor) -> Tensor:
+    """`plain`, with a weight that is made for it each time: what the others are compared with."""
+    weight = Fp8Weight(inputs.weight, scales).dequantized(inputs.x.dtype)
+    return plain(inputs._replace(weight=weight))
+
+
+def few_tokens(inputs: LinearInputs, scales: Tensor) -> Tensor:
+    """One launch."""
+    from nanovllm.kernels.gemv import matvec
+
+    x, weight, act, bias, norm, residual, out = inputs
+    norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    how = residual, act is not None, out, scales
+    return matvec(x, weight, bias, norm_weight, eps, *how)
+
+
+def converted(inputs: LinearInputs, scales: Tensor, counters: Tensor) -> Tensor:
+    """The norm's launch and another; counters: from kernels.small_linear."""
+    from nanovllm.kernels.small_linear import small_linear
+
+    _, weight, act, bias, _, residual, out = inputs
+    how = residual, act is not None, out, scales
+    return small_linear(inputs.normed(), weight, bias, counters, *how)
+
+
+def own_fp8(inputs: LinearInputs, scales: Tensor, counters: Tensor) -> Tensor:
+    """Two launches; counters: as for `converted`."""
+    from nanovllm.kernels.fp8_linear import fp8_linear
+
+    x, weight, act, bias, _, residual, out = inputs
+    rows, is_gated = _quantized(inputs), act is not None
+    stored = Fp8Weight(weight, scales)
+    return fp8_linear(rows, stored, bias, counters, residual, is_gated, out, x.dtype)
+
+
+def torch_fp8(inputs: LinearInputs, scales: Tensor) -> Tensor:
+    """PyTorch's product of blocks, between launches for what stands before and after it."""
+    _, weight, act, bias, _, residual, out = inputs
+    values, x_scales = _quantized(inputs)
+    by_row, by_block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    how = x_scales.T, by_row, scales.T, by_block
+    y = F.scaled_mm(values, weight.T, *how, output_dtype=inputs.x.dtype)
+    y = y if bias is None else y.add_(bias)
+    if act is not None:
+        y = act(y)
+    if residual is not None:
+        return torch.add(residual, y, out=residual if out is None else out)
+    return y if out is None else out.copy_(y)
+
+
+def _quantized(inputs: LinearInputs) -> Fp8Rows:
+    from nanovllm.kernels import fp8_linear
+
+    norm = inputs.norm
+    norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    return fp8_linear.quantize_rows(inputs.x, norm_weight, eps)
+
+
+def is_multiplied(weight: Fp8Weight, dtype: torch.dtype) -> bool:
+    """True if there are kernels that multiply tokens of a dtype with a weight, or a stack of them.
+
+    The blocks of rows and inputs that share a scale must not be too small: see Fp8Weight.empty.
+    """
+    rows, inputs = weight.block
+    least = 32 if weight.values.dim() == 3 else BLOCK
+    is_large = rows % 64 == 0 and inputs >= least
+    return kernels.multiplies_fp8(weight.values.device) and dtype.itemsize == 2 and is_large
+
+
+def fp8_table(
+    weight: Fp8Weight, dtype: torch.dtype, is_gated: bool = False, has_bias: bool = False
+) -> ProductTable:
+    """As products.product_table, of a layer whose weight is FP8 and whose tokens are of `dtype`."""
+    scales, device = weight.scales, weight.values.device
+    if not is_multiplied(weight, dtype) or (is_gated and has_bias):
+        return {math.inf: partial(dequantized, scales=scales)}
+    from nanovllm.kernels.small_linear import small_linear_counters
+
+    counters = small_linear_counters(weight.shape[0], device)
+    table: ProductTable = {MOST_FEW: partial(few_tokens, scales=scales)}
+    table[MOST_CONVERTED] = partial(converted, scales=scales, counters=counters)
+    own = partial(own_fp8, scales=scales, counters=counters)
+    if not _has_torch_fp8(weight):
+        return table | {64: own, MOST_OWN: own, math.inf: own}
+    return table | {64: own, MOST_OWN: own, math.inf: partial(torch_fp8, scales=scales)}
+
+
+def _has_torch_fp8(weight: Fp8Weight) -> bool:
+    """True if PyTorch multiplies blocks of FP8 where this weight is: on Hopper, from CUDA 12.9."""
+    from nanovllm.kernels.device import is_hopper
+
+    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    is_whole = weight.block == (BLOCK, BLOCK) and weight.scales.size(1) % 4 == 0
+    is_there = hasattr(F, "scaled_mm") and version >= (12, 9)
+    return is_whole and is_there and is_hopper(weight.values.device)
