@@ -16,15 +16,30 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.device import prefetch, shared_memory
-from nanovllm.kernels.fused import last_first
+from nanovllm.kernels.fused import last_first, silu_times
 from nanovllm.kernels.launch import launch
 from nanovllm.kernels.small_linear import store_outputs
-from nanovllm.utils.quantization import BLOCK, E4M3, E4M3_MAX, Fp8Rows, Fp8Weight
+from nanovllm.utils.quantization import BLOCK, E4M3_MAX, Fp8Rows, Fp8Weight
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
+def _store_quantized(
+    v, values, scales, groups, token, num_rows, SIZE: tl.constexpr, GROUP: tl.constexpr,
+    MAX: tl.constexpr,
+) -> None:  # fmt: skip
+    """Float32 [groups, GROUP] of a token, each group with the scale that makes its largest MAX."""
+    scale = tl.max(tl.abs(v), axis=1) / MAX
+    v = v / tl.where(scale == 0, 1.0, scale)[:, None]
+    v = tl.minimum(tl.maximum(v, -MAX), MAX)
+    offsets = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    places = values + token.to(tl.int64) * SIZE + offsets
+    tl.store(places, v.to(values.dtype.element_ty), mask=offsets < SIZE)
+    tl.store(scales + groups * num_rows + token, scale, mask=groups < SIZE // GROUP)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _quantize_rows_kernel(
-    x, norm_weight, values, scales, eps, num_tokens, SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    x, norm_weight, values, scales, eps, num_rows, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     GROUP: tl.constexpr, MAX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for a row, its norm first if it has one."""
@@ -37,51 +52,81 @@ def _quantize_rows_kernel(
         gdc_wait()
         gdc_launch_dependents()
     token = last_first()
-    row = token.to(tl.int64) * SIZE + offsets
     dtype: tl.constexpr = x.dtype.element_ty
-    v = tl.load(x + row, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(x + token.to(tl.int64) * SIZE + offsets, mask=mask, other=0.0).to(tl.float32)
     if norm_weight is not None:
         scale = tl.rsqrt(tl.sum(tl.sum(v * v, axis=1), axis=0) / SIZE + eps)
         v = (v * scale).to(dtype).to(tl.float32) * gain.to(tl.float32)
         v = v.to(dtype).to(tl.float32)
-    _store_quantized(v, values + row, scales, groups, token, num_tokens, mask, SIZE // GROUP, MAX)
+    _store_quantized(v, values, scales, groups, token, num_rows, SIZE, GROUP, MAX)
 
 
-@triton.jit
-def _store_quantized(
-    v, places, scales, groups, token, num_tokens, mask, NUM_GROUPS: tl.constexpr, MAX: tl.constexpr
-) -> None:  # fmt: skip
-    """Float32 [groups, elements of a group], each with the scale that makes its largest MAX."""
-    scale = tl.max(tl.abs(v), axis=1) / MAX
-    v = v / tl.where(scale == 0, 1.0, scale)[:, None]
-    v = tl.minimum(tl.maximum(v, -MAX), MAX)
-    tl.store(places, v.to(places.dtype.element_ty), mask=mask)
-    tl.store(scales + groups * num_tokens + token, scale, mask=groups < NUM_GROUPS)
-
-
-def quantize_rows(x: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0) -> Fp8Rows:
-    """rms_norm(x) as FP8, each 128 numbers of a row with a scale. Twin: layers.fp8.quantize_rows.
+def quantize_rows(
+    x: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0, step: int = 1
+) -> Fp8Rows:
+    """rms_norm(x) as FP8. Twin: layers.fp8.quantize_rows.
 
     Args:
         x: [num_tokens, size], contiguous; 128 divides size.
         norm_weight: [size], or None: no norm.
+        step: the rows are rounded up to a multiple of it.
     """
     num_tokens, size = x.shape
     assert x.is_contiguous() and size % BLOCK == 0
-    values = torch.empty_like(x, dtype=E4M3)
-    scales = x.new_empty(size // BLOCK, num_tokens, dtype=torch.float32)
+    rows = Fp8Rows.empty(num_tokens, size, step, x)
     groups = triton.next_power_of_2(size // BLOCK)
     launch(
-        _quantize_rows_kernel, (num_tokens,), x, x, norm_weight, values, scales, eps, num_tokens,
-        SIZE=size, GROUPS=groups, GROUP=BLOCK, MAX=E4M3_MAX, num_warps=min(max(groups // 4, 1), 8),
+        _quantize_rows_kernel, (num_tokens,), x,
+        x, norm_weight, rows.values, rows.scales, eps, len(rows.values), SIZE=size, GROUPS=groups,
+        GROUP=BLOCK, MAX=E4M3_MAX, num_warps=min(max(groups // 4, 1), 8),
     )  # fmt: skip
-    return Fp8Rows(values, scales)
+    return rows
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_rows"])
+def _silu_and_quantize_kernel(
+    gate_up, values, scales, num_rows, SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    GROUP: tl.constexpr, MAX: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for GROUPS groups of a row."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    PARTS: tl.constexpr = (SIZE // GROUP + GROUPS - 1) // GROUPS
+    place = last_first()
+    token = place // PARTS
+    groups = place % PARTS * GROUPS + tl.arange(0, GROUPS)
+    offsets = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    row = gate_up + token.to(tl.int64) * (2 * SIZE) + offsets
+    gate = tl.load(row, mask=offsets < SIZE, other=0.0)
+    up = tl.load(row + SIZE, mask=offsets < SIZE, other=0.0)
+    v = silu_times(gate, up, gate.dtype).to(tl.float32)
+    _store_quantized(v, values, scales, groups, token, num_rows, SIZE, GROUP, MAX)
+
+
+def silu_and_quantize(gate_up: Tensor, num_tokens: int) -> Fp8Rows:
+    """SiLU(gate) * up as FP8. Twins: silu_and_mul, and quantize_rows of layers.fp8.
+
+    Args:
+        gate_up: [num_rows, 2 * size], contiguous, of which num_tokens count; 128 divides size.
+    """
+    num_rows, width = gate_up.shape
+    size = width // 2
+    assert gate_up.is_contiguous() and size % BLOCK == 0
+    rows = Fp8Rows.empty(num_tokens, size, num_rows, gate_up)
+    groups = min(16, triton.next_power_of_2(size // BLOCK))
+    launch(
+        _silu_and_quantize_kernel, (num_tokens * triton.cdiv(size // BLOCK, groups),), gate_up,
+        gate_up, rows.values, rows.scales, num_rows, SIZE=size, GROUPS=groups, GROUP=BLOCK,
+        MAX=E4M3_MAX, num_warps=4,
+    )  # fmt: skip
+    return rows
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _fp8_linear_kernel(
     x, x_scales, weight, lines, scales, bias, residual, out, partial, counters, num_tokens,
-    N: tl.constexpr, K: tl.constexpr, SCALED_ROWS: tl.constexpr, GROUP: tl.constexpr,
+    num_rows, N: tl.constexpr, K: tl.constexpr, SCALED_ROWS: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     AHEAD: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +158,7 @@ def _fp8_linear_kernel(
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for group in tl.range(start, tl.minimum(start + PART, NUM), num_stages=STAGES):
         v = x.load([first_token, group * GROUP]).T
-        own = x_scales + group * num_tokens + tokens
+        own = x_scales + group * num_rows + tokens
         token_scales = tl.load(own, mask=tokens < num_tokens, other=0.0)[None, :]
         w = weight.load([first_row, group * GROUP])
         acc += tl.dot(w, v) * (tl.load(own_scales + group) * token_scales)
@@ -175,7 +220,6 @@ def fp8_linear(
     residual: Tensor | None,
     gated: bool,
     out: Tensor | None,
-    dtype: torch.dtype,
 ) -> Tensor:
     """A linear layer of FP8 tokens and weights. Twin: F.linear of both dequantised.
 
@@ -186,19 +230,17 @@ def fp8_linear(
         bias: [output_size]; not with gated.
         counters: from kernels.small_linear.small_linear_counters.
         residual: [num_tokens, output_size], contiguous, to be added to the rounded output.
-        dtype: of the output.
 
     Returns:
         [num_tokens, output_size]: `out`, if given, which must be contiguous.
     """
-    x, x_scales = rows
-    num_tokens, input_size = x.shape
+    x, num_tokens, input_size = rows.values, len(rows), rows.values.size(1)
     output_size = weight.shape[0] // (2 if gated else 1)
     scaled_rows, scaled_inputs = weight.block
     assert x.is_contiguous() and weight.values.is_contiguous() and weight.scales.is_contiguous()
-    assert scaled_inputs == BLOCK and x_scales.shape == (input_size // BLOCK, num_tokens)
+    assert scaled_inputs == BLOCK and rows.scales.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    out = torch.empty(num_tokens, output_size, dtype=dtype, device=x.device) if out is None else out
+    out = x.new_empty(num_tokens, output_size, dtype=rows.dtype) if out is None else out
     assert out.is_contiguous() and out.shape == (num_tokens, output_size)
     shared_bytes = shared_memory(x.device)
     plan = fp8_linear_plan(num_tokens, input_size, output_size, gated, shared_bytes)
@@ -210,9 +252,9 @@ def fp8_linear(
         assert len(counters) >= num_tiles
     launch(
         _fp8_linear_kernel, (num_tiles, plan.num_parts), x,
-        TensorDescriptor.from_tensor(x, [plan.tokens, BLOCK]), x_scales,
+        TensorDescriptor.from_tensor(x, [plan.tokens, BLOCK]), rows.scales,
         TensorDescriptor.from_tensor(weight.values, [plan.outputs, BLOCK]), weight.values,
-        weight.scales, bias, residual, out, partial, counters, num_tokens, N=output_size,
+        weight.scales, bias, residual, out, partial, counters, num_tokens, len(x), N=output_size,
         K=input_size, SCALED_ROWS=scaled_rows, GROUP=BLOCK, PARTS=plan.num_parts,
         BLOCK_M=plan.tokens, BLOCK_N=plan.outputs, STAGES=plan.num_stages, AHEAD=plan.ahead,
         GATED=gated,

@@ -495,7 +495,8 @@ def _grouped_product(
     if scales is not None:
         plan = plan._replace(inputs=scaled_inputs, outputs=min(plan.outputs, scaled_rows))
         if tokens >= 64 and scaled_inputs == BLOCK:
-            x, x_scales = quantize_rows(x)
+            rows = quantize_rows(x)
+            x, x_scales = rows.values, rows.scales
     # At most one tile an expert is not full.
     num_tiles = min(num_pairs, num_pairs // tokens + num_experts)
     if tma:

@@ -29,7 +29,7 @@ def quantize_rows(x: Tensor) -> Fp8Rows:
     scales = groups.abs().amax(dim=-1, keepdim=True) / E4M3_MAX
     values = groups / scales.masked_fill(scales == 0, 1.0)
     values = values.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3).flatten(1)
-    return Fp8Rows(values, scales.squeeze(-1).T.contiguous())
+    return Fp8Rows(values, scales.squeeze(-1).T.contiguous(), len(x), x.dtype)
 
 
 def dequantized(inputs: LinearInputs, scales: Tensor) -> Tensor:
@@ -43,6 +43,7 @@ def few_tokens(inputs: LinearInputs, scales: Tensor) -> Tensor:
     from nanovllm.kernels.gemv import matvec
 
     x, weight, act, bias, norm, residual, out = inputs
+    assert isinstance(x, Tensor)
     norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     how = residual, act is not None, out, scales
     return matvec(x, weight, bias, norm_weight, eps, *how)
@@ -61,33 +62,41 @@ def own_fp8(inputs: LinearInputs, scales: Tensor, counters: Tensor) -> Tensor:
     """Two launches; counters: as for `converted`."""
     from nanovllm.kernels.fp8_linear import fp8_linear
 
-    x, weight, act, bias, _, residual, out = inputs
-    rows, is_gated = _quantized(inputs), act is not None
-    stored = Fp8Weight(weight, scales)
-    return fp8_linear(rows, stored, bias, counters, residual, is_gated, out, x.dtype)
-
-
-def torch_fp8(inputs: LinearInputs, scales: Tensor) -> Tensor:
-    """PyTorch's product of blocks, between launches for what stands before and after it."""
     _, weight, act, bias, _, residual, out = inputs
-    values, x_scales = _quantized(inputs)
+    how = bias, counters, residual, act is not None, out
+    return fp8_linear(_quantized(inputs), Fp8Weight(weight, scales), *how)
+
+
+def torch_fp8(inputs: LinearInputs, scales: Tensor) -> Tensor | Fp8Rows:
+    """PyTorch's product of blocks, between launches for what stands before and after it.
+
+    What a gated layer gives is FP8, since it goes into another product.
+    """
+    from nanovllm.kernels.fp8_linear import silu_and_quantize
+
+    x, weight, act, bias, _, residual, out = inputs
+    rows = _quantized(inputs, step=16)  # the product wants no other number of them
     by_row, by_block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-    how = x_scales.T, by_row, scales.T, by_block
-    y = F.scaled_mm(values, weight.T, *how, output_dtype=inputs.x.dtype)
-    y = y if bias is None else y.add_(bias)
+    how = rows.scales.T, by_row, scales.T, by_block
+    y = F.scaled_mm(rows.values, weight.T, *how, output_dtype=x.dtype)
     if act is not None:
-        y = act(y)
+        return silu_and_quantize(y, len(rows))
+    y = y[: len(rows)]
+    y = y if bias is None else y.add_(bias)
     if residual is not None:
         return torch.add(residual, y, out=residual if out is None else out)
     return y if out is None else out.copy_(y)
 
 
-def _quantized(inputs: LinearInputs) -> Fp8Rows:
+def _quantized(inputs: LinearInputs, step: int = 1) -> Fp8Rows:
+    """The tokens after their norm, the rows rounded up to a multiple of step."""
     from nanovllm.kernels import fp8_linear
 
-    norm = inputs.norm
+    x, norm = inputs.x, inputs.norm
+    if isinstance(x, Fp8Rows):
+        return x
     norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    return fp8_linear.quantize_rows(inputs.x, norm_weight, eps)
+    return fp8_linear.quantize_rows(x, norm_weight, eps, step)
 
 
 def is_multiplied(weight: Fp8Weight, dtype: torch.dtype) -> bool:

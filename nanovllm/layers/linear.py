@@ -18,7 +18,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.products import LinearInputs, ProductTable, pack, product_table
 from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.utils.parallel import RankGroup
-from nanovllm.utils.quantization import Fp8Weight, Target, own_targets
+from nanovllm.utils.quantization import Fp8Rows, Fp8Weight, Target, own_targets
 
 
 class Linear(StoredWeight):
@@ -62,12 +62,14 @@ class Linear(StoredWeight):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Fp8Rows,
         residual: Tensor | None = None,
         out: Tensor | None = None,
         norm: RMSNorm | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Fp8Rows:
         """[num_tokens, input_size] -> [num_tokens, output_size].
+
+        FP8 goes only from a gated layer to the one after it: see layers.fp8.
 
         Args:
             residual: [num_tokens, output_size], what the output is added to. It may be overwritten:
@@ -100,7 +102,7 @@ class RowParallelLinear(Linear):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Fp8Rows,
         residual: Tensor | None = None,
         out: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -108,7 +110,9 @@ class RowParallelLinear(Linear):
         assert out is None
         out = self.group.output(len(x), self.weight.size(0), x.dtype)
         residual = residual if self.group.rank == 0 else None
-        return self.group.all_reduce(super().forward(x, residual, out, norm))
+        y = super().forward(x, residual, out, norm)
+        assert isinstance(y, Tensor)
+        return self.group.all_reduce(y)
 
 
 class MergedLinear(Linear):

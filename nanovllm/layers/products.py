@@ -16,18 +16,20 @@ from torch import Tensor
 from nanovllm import kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.device import uses_onednn
+from nanovllm.utils.quantization import Fp8Rows
 
 
 class LinearInputs(NamedTuple):
     """What a product is given: residual + (norm(x) @ weight.T + bias) is wanted.
 
-    x: [num_tokens, input_size]. weight: [num_rows, input_size]. act: for a gated layer, what makes
-    SiLU of the first half of the columns, times the second half, of the product. bias: [num_rows].
-    residual: [num_tokens, num_rows], may be overwritten. out: [num_tokens, num_rows], to be filled,
-    which may be `residual`; not in a gated layer. None: there is none of it.
+    x: [num_tokens, input_size], FP8 only for a product that takes it so. weight: [num_rows,
+    input_size]. act: for a gated layer, what makes SiLU of the first half of the columns, times the
+    second half, of the product. bias: [num_rows]. residual: [num_tokens, num_rows], may be
+    overwritten. out: [num_tokens, num_rows], to be filled, which may be `residual`; not in a gated
+    layer. None: there is none of it.
     """
 
-    x: Tensor
+    x: Tensor | Fp8Rows
     weight: Tensor
     act: Callable[[Tensor], Tensor] | None
     bias: Tensor | None
@@ -37,10 +39,11 @@ class LinearInputs(NamedTuple):
 
     def normed(self) -> Tensor:
         """x after its norm, in a launch of its own."""
+        assert isinstance(self.x, Tensor)
         return self.x if self.norm is None else self.norm(self.x)
 
 
-Product = Callable[[LinearInputs], Tensor]
+Product = Callable[[LinearInputs], Tensor | Fp8Rows]
 # By the most tokens that each product is for, in order; the last is for any number.
 ProductTable = dict[float, Product]
 
@@ -113,6 +116,7 @@ def few_tokens(inputs: LinearInputs) -> Tensor:
     from nanovllm.kernels.gemv import matvec
 
     x, weight, act, bias, norm, residual, out = inputs
+    assert isinstance(x, Tensor)
     norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     return matvec(x, weight, bias, norm_weight, eps, residual, act is not None, out)
 

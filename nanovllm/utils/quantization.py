@@ -1,6 +1,7 @@
 """FP8 weights as Qwen stores them: e4m3 numbers, and a scale for each block of 128 x 128."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import gcd
 from typing import NamedTuple
 
@@ -76,11 +77,34 @@ class Fp8Weight(NamedTuple):
         self.scales.copy_(scales)
 
 
-class Fp8Rows(NamedTuple):
-    """Tokens as FP8: values e4m3 [num_tokens, size], scales float32 [size / 128, num_tokens]."""
+@dataclass(frozen=True, slots=True)
+class Fp8Rows:
+    """Tokens as FP8, each 128 numbers with a scale; behind them there may be rows of garbage.
+
+    values: e4m3 [num_rows, size]. scales: float32 [size / 128, num_rows]. dtype: of what they stand
+    for.
+    """
 
     values: Tensor
     scales: Tensor
+    num_tokens: int
+    dtype: torch.dtype
+
+    @classmethod
+    def empty(cls, num_tokens: int, size: int, step: int, like: Tensor) -> "Fp8Rows":
+        """Memory for tokens of another tensor's dtype; the rows are a multiple of step."""
+        num_rows = -(-num_tokens // step) * step
+        values = like.new_empty(num_rows, size, dtype=E4M3)
+        scales = like.new_empty(size // BLOCK, num_rows, dtype=torch.float32)
+        return cls(values, scales, num_tokens, like.dtype)
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def dequantized(self) -> Tensor:
+        """[num_tokens, size]."""
+        scales = self.scales.T.repeat_interleave(BLOCK, 1)
+        return scales.mul_(self.values.float())[: self.num_tokens].to(self.dtype)
 
 
 # What one tensor of a checkpoint fills.
