@@ -195,20 +195,14 @@ def small_linear_plan(
     return SmallLinearPlan(tokens, outputs, inputs, stages(inputs), num_parts, tma)
 
 
-def fp8_small_linear_plan(
-    input_size: int, output_size: int, gated: bool, scaled_inputs: int
-) -> SmallLinearPlan:
+def fp8_small_linear_plan(input_size: int, gated: bool, scaled_inputs: int) -> SmallLinearPlan:
     """A plan for up to 16 tokens and FP8 weights. Measured on an H100.
 
     Args:
         scaled_inputs: that share a scale.
     """
-    if gated:
-        return SmallLinearPlan(16, 32, scaled_inputs, 4)
-    num_parts = 1
-    while num_parts < 4 and output_size // 64 * num_parts < 256 and input_size // num_parts >= 512:
-        num_parts *= 2
-    return SmallLinearPlan(16, 64, scaled_inputs, 4, num_parts)
+    num_parts = 1 if gated else min(4, max(1, input_size // 512))
+    return SmallLinearPlan(16, TILE_OUTPUTS, scaled_inputs, 4, num_parts)
 
 
 def small_linear_counters(output_size: int, device: torch.device | None = None) -> Tensor:
@@ -260,7 +254,7 @@ def small_linear(
     scaled_rows = 1
     if scales is not None:
         scaled_rows, inputs = Fp8Weight(weight, scales).block
-        plan = fp8_small_linear_plan(input_size, output_size, gated, inputs)
+        plan = fp8_small_linear_plan(input_size, gated, inputs)
         plan = plan._replace(outputs=min(plan.outputs, scaled_rows))
         assert (
             num_tokens <= plan.tokens and scales.is_contiguous() and output_size % scaled_rows == 0
