@@ -1491,8 +1491,13 @@ LAUNCHES = [(90, "elementwise")]
 LAUNCHES += [
     (sm, name)
     for sm in SHARED_BYTES
-    for name in ("decode", "prefill", "linear", "experts", "all-reduce")
+    for name in ("decode", "prefill", "FP8 cache", "linear", "experts", "all-reduce")
 ]
+
+
+def fp8_pool(*shape: int) -> tuple[Tensor, Tensor]:
+    """A cache and its scales."""
+    return torch.empty(*shape, dtype=torch.uint8), torch.empty(*shape[:-1], dtype=torch.uint8)
 
 
 def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1524,6 +1529,24 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
             attention.paged_decode(empty(4, 16, 128), cache, cache, tables, lens, 1.0, plan=plan)
         wide = empty(9, 16, 2, 256)
         attention.paged_decode(empty(4, 16, 256), wide, wide, tables, lens, 1.0)
+    elif name == "FP8 cache":
+        monkeypatch.setattr(attention, "shared_memory", lambda _: shared_bytes)
+        plans = {(p.tile, p.num_warps, p.num_stages): p for p in attention.DECODE_PLANS.values()}
+        for dtype in (torch.bfloat16, torch.float16):
+            for head_dim in (128, 256, 80):
+                fp8, scales = fp8_pool(9, 256, 8, head_dim)
+                both = {"k_scales": scales, "v_scales": scales}
+                q, rows = empty(4, 16, head_dim, dtype=dtype), empty(300, 16, head_dim, dtype=dtype)
+                for plan in plans.values() if head_dim == 128 else (None,):
+                    attention.paged_decode(q, fp8, fp8, tables, lens, 1.0, plan=plan, **both)
+                for longest in (300, 2000):
+                    attention.paged_prefill(rows, fp8, fp8, lens, lens, longest, 1.0, tables, **both)
+            fp8, scales = fp8_pool(9, 256, 8, 128)
+            x, stored = empty(4, 4096, dtype=dtype), (fp8, fp8, lens, 16, 8)
+            for write_key in (True, False):
+                fused.qk_norm_rope_store(
+                    x, x[0], x[0], EPS, cos_sin, longs, *stored, write_key, scales, scales
+                )
     elif name == "experts":
         monkeypatch.setattr(moe, "has_tma", lambda _: capability >= 90)
         monkeypatch.setattr(moe, "shared_memory", lambda _: shared_bytes)
@@ -1667,7 +1690,7 @@ def test_every_launch_fits_the_gpu(
         if capability >= 90 and any(hasattr(v, "block_shape") for v in values.values()):
             assert "cp.async.bulk.tensor" in ptx
         # Tiles come whole, or in vectors while others are computed with; never element by element.
-        if name in ("decode", "prefill") or kernel.__name__ == "_small_linear_kernel":
+        if name in ("decode", "prefill", "FP8 cache") or kernel.__name__ == "_small_linear_kernel":
             assert "ld.global.b16" not in ptx, (kernel, capability)
 
 
@@ -1676,4 +1699,7 @@ TRITON_TYPES = {
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.float16: "fp16",
+    torch.int16: "i16",
+    torch.uint8: "u8",
 }
