@@ -72,6 +72,9 @@ def _decode_kernel(
         if start < context_len:
             prefetch(k_head + slots[:, None] * KV_STRIDE + lines[None, :])
             prefetch(v_head + slots[:, None] * KV_STRIDE + lines[None, :])
+            if k_scales is not None:
+                prefetch(k_scales + slots * NUM_KV_HEADS + kv_head)
+                prefetch(v_scales + slots * NUM_KV_HEADS + kv_head)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -445,11 +448,18 @@ PREFILL_TILES = {
 # From the cache, prompts of more queries gain from reading it less often.
 LONG_QUERIES = 1024
 LONG_PAGED_TILES = {128: PrefillTiles(128, 128, 8, 2)}
+# From an FP8 cache, where more queries share the work of making it 16 bits wide; with more keys a
+# tile registers spill.
+FP8_TILES = {128: PrefillTiles(128, 64, 8, 2)}
 FLOAT32_TILES = PrefillTiles(32, 32, 4, 1)
 
 
 def prefill_tiles(
-    head_dim: int, dtype: torch.dtype, shared_bytes: int, long_paged: bool = False
+    head_dim: int,
+    dtype: torch.dtype,
+    shared_bytes: int,
+    long_paged: bool = False,
+    fp8: bool = False,
 ) -> PrefillTiles:
     """The tiles for a head_dim, where a program can have so much shared memory."""
     if dtype == torch.float32:
@@ -458,6 +468,8 @@ def prefill_tiles(
     large, small = PREFILL_TILES[padded]
     if shared_bytes < 160 * 1024:
         return small
+    if fp8:
+        return FP8_TILES.get(padded, large)
     return LONG_PAGED_TILES.get(padded, large) if long_paged else large
 
 
@@ -501,7 +513,8 @@ def paged_prefill(
     assert query.stride()[1:] == (head_dim, 1)
     if tiles is None:
         long_paged = block_size > 0 and max_query_len > LONG_QUERIES
-        tiles = prefill_tiles(head_dim, query.dtype, shared_memory(query.device), long_paged)
+        shared_bytes, fp8 = shared_memory(query.device), k_scales is not None
+        tiles = prefill_tiles(head_dim, query.dtype, shared_bytes, long_paged, fp8)
     if block_tables is not None:
         assert key.is_contiguous() and value.is_contiguous() and block_tables.stride(1) == 1
         key, value = key.flatten(0, 1), value.flatten(0, 1)

@@ -21,20 +21,19 @@ MOST_SHIFT = tl.constexpr(30.0)
 
 @triton.jit
 def fp8_queries(q, scale, CONVERSION: tl.constexpr) -> tuple[tl.tuple, tl.tensor]:
-    """Even and odd columns of q [rows, head_dim], and what to multiply scores with, [rows, 1].
+    """Even and odd columns of q [rows, head_dim], and what to multiply scores with.
 
-    scale: of the softmax. In float16, q's rows are brought to 2^14 and somewhat more.
+    scale: of the softmax. Rows that become float16 are brought to 2^14 and somewhat more; then the
+    factors are [rows, 1].
     """
-    rows: tl.constexpr = q.shape[0]
-    unit: tl.constexpr = 1.0 if CONVERSION == "hardware" else 256.0
-    factor = tl.full([rows, 1], 1.0, tl.float32) * (scale * unit)
+    factor = scale if CONVERSION == "hardware" else scale * 256.0
     if CONVERSION != "bits" and q.dtype == tl.bfloat16:
         x = q.to(tl.float32)
         peak = tl.max(tl.abs(x), axis=1)[:, None]
         exponents = tl.minimum(tl.maximum(peak.to(tl.int32, bitcast=True) >> 23, 16), 253)
         q = (x * power_of_two(127 + 14 + 127 - exponents)).to(tl.float16)
-        factor *= power_of_two(exponents - 14)
-    even, odd = tl.split(tl.reshape(q, [rows, q.shape[1] // 2, 2]))
+        factor = factor * power_of_two(exponents - 14)
+    even, odd = tl.split(tl.reshape(q, [q.shape[0], q.shape[1] // 2, 2]))
     return (even, odd), factor
 
 
@@ -70,12 +69,14 @@ def fp8_attend(
         k_even, k_odd = unpack_pairs(tl.load(k_cache + places, mask=mask, other=0), dtype, HARDWARE)
         scores = tl.dot(q_even, k_even.T, input_precision=PRECISION)
         scores = tl.dot(q_odd, k_odd.T, scores, input_precision=PRECISION)
-        scores = scores * factor * power_of_two(k_exponents)[None, :]
+        scores = scores * (power_of_two(k_exponents)[None, :] * factor)
         if MASKED:
             scores = tl.where(positions[None, :] <= limits[:, None], scores, float("-inf"))
-        shift = (v_exponents - 127).to(tl.float32)
-        shift = tl.minimum(tl.maximum(shift, -MOST_SHIFT), MOST_SHIFT)[None, :]
-        new_peak = tl.maximum(peak, tl.max(scores + shift, axis=1))
+        shifted = scores
+        if dtype == tl.float16:
+            shift = (v_exponents - 127).to(tl.float32)
+            shifted += tl.minimum(tl.maximum(shift, -MOST_SHIFT), MOST_SHIFT)[None, :]
+        new_peak = tl.maximum(peak, tl.max(shifted, axis=1))
         p = tl.exp2(scores - new_peak[:, None])
         rescale = tl.exp2(peak - new_peak)
         total = total * rescale + tl.sum(p, axis=1)

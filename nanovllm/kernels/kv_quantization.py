@@ -25,8 +25,9 @@ def scale_exponents(peaks) -> tl.tensor:
 
 @triton.jit
 def power_of_two(exponents) -> tl.tensor:
-    """The float32 that an exponent, of any integer type, stands for; 0.0 for 0."""
-    return (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    """The float32 that exponents (int32) stand for: 0.0 for 0, NaN for 255."""
+    bits = tl.where(exponents == 255, 0x7FC00000, exponents << 23)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

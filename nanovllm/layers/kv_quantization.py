@@ -8,8 +8,7 @@ four significant bits of its e4m3 number in float32, in bfloat16, and in float16
 dtype, and finds the same numbers in the cache later.
 
 Stored is its exponent as in float32, 127 for 1.0: the OCP's e8m0 (https://arxiv.org/abs/2310.10537).
-A row of zeros has the smallest one, 1. A row that is not finite has 255, which reads as infinity:
-it stays not finite.
+A row of zeros has the smallest one, 1. A row that is not finite has 255, and is NaN as a whole.
 
 Kernels' counterpart: nanovllm.kernels.kv_quantization.
 """
@@ -17,9 +16,10 @@ Kernels' counterpart: nanovllm.kernels.kv_quantization.
 import torch
 from torch import Tensor
 
-# Of float32: where the exponent begins, and infinity. 448 is 1.75 * 2^8.
+# Of float32: where the exponent begins, and two that are not finite. 448 is 1.75 * 2^8.
 MANTISSA_BITS = 23
 INFINITY = 0x7F800000
+NAN = 0x7FC00000
 BEYOND_1_75 = 0x1FFFFF  # added to a mantissa of more than 1.75, carries into the exponent
 
 
@@ -44,5 +44,6 @@ def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(values: Tensor, exponents: Tensor, out: Tensor) -> Tensor:
     """The numbers of `quantize`, written to `out` [..., head_dim] in its dtype."""
-    scales = (exponents.int() << MANTISSA_BITS).view(torch.float32).unsqueeze(-1)
+    bits = torch.where(exponents == 255, NAN, exponents.int() << MANTISSA_BITS)
+    scales = bits.view(torch.float32).unsqueeze(-1)
     return torch.mul(values.view(torch.float8_e4m3fn).float(), scales, out=out)
