@@ -409,13 +409,14 @@ def test_offsets_past_32_bits() -> None:
 class Fp8Cache(Cache):
     """In `pool` the same in FP8: bytes of K and V, and scales; in k and v, what that stands for.
 
-    Rows are of many sizes, some are zeros. Where nothing lies are NaN and infinite scales.
+    Rows are of many sizes, some are zeros; values are small, in float16 their scales very small.
+    Where nothing lies are NaN and infinite scales.
     """
 
     def __init__(self, shape: Shape, lengths: list[int], dtype: torch.dtype) -> None:
         super().__init__(shape, lengths, dtype)
-        for x, most in ((self.k, 1), (self.v, 4)):
-            x *= 2.0 ** torch.randint(-12, most, (*x.shape[:-1], 1), device=DEVICE)
+        for x, sizes in ((self.k, (-12, 2)), (self.v, (-14, -9))):
+            x *= 2.0 ** torch.randint(*sizes, (*x.shape[:-1], 1), device=DEVICE)
             x[:, 3::7] *= 0
         (k, k_scales), (v, v_scales) = quantize(self.k), quantize(self.v)
         assert 255 in k_scales
@@ -426,21 +427,23 @@ class Fp8Cache(Cache):
         dequantize(v, v_scales, out=self.v)
 
 
-has_fp8 = not CUDA or torch.cuda.get_device_capability() >= (8, 9)
-conversions = pytest.mark.parametrize(
-    "conversion",
-    [
-        "bits",
-        "float16",
-        pytest.param(
-            "hardware", marks=pytest.mark.skipif(not has_fp8, reason="the GPU does not know FP8")
-        ),
-    ],
+# How the cache's elements become 16 bits wide, in queries of a dtype. Interpreted, bfloat16 is
+# multiplied in float16 alone.
+CONVERSIONS = (
+    [(dtype, how) for dtype in DTYPES for how in ("bits", "float16", "hardware")]
+    if CUDA
+    else [
+        *((dtype, "bits") for dtype in DTYPES),
+        *((dtype, "hardware") for dtype in (torch.float16, torch.bfloat16)),
+        (torch.bfloat16, "float16"),
+    ]
 )
+if CUDA and torch.cuda.get_device_capability() < (8, 9):
+    CONVERSIONS = [(dtype, how) for dtype, how in CONVERSIONS if how != "hardware"]
+conversions = pytest.mark.parametrize(("dtype", "conversion"), CONVERSIONS, ids=str)
 
 
 @runs_kernels
-@dtypes
 @shapes
 @conversions
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
@@ -453,7 +456,7 @@ def test_fp8_decode(shape: Shape, dtype: torch.dtype, conversion: str) -> None:
     scale = shape.head_dim**-0.5
     if dtype != torch.float16:  # whose rows need not fit into float16
         query, scale = query * 2.0**20, scale * 2.0**-20
-    for num_splits in (3, None):
+    for num_splits in (3, 40, None) if CUDA else (3,):
         out = torch.full_like(query, math.nan)
         plan = attention.DecodePlan(num_splits, 32, 32) if num_splits else None
         attention.paged_decode(
@@ -469,7 +472,6 @@ def test_fp8_decode(shape: Shape, dtype: torch.dtype, conversion: str) -> None:
 
 
 @runs_kernels
-@dtypes
 @shapes
 @conversions
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
@@ -499,7 +501,7 @@ def test_an_fp8_row_that_is_not_finite_stays_so(conversion: str) -> None:
 
     for name in ("k", "v"):
         cache = Fp8Cache(SHAPES[0], [40, 40], DTYPES[0])
-        slot = int(cache.slots[0][3])
+        slot = int(cache.slots[0][4])
         cache.scales[f"{name}_scales"].flatten(0, 1)[slot] = 255
         query = randn(2, SHAPES[0].num_heads, SHAPES[0].head_dim, dtype=DTYPES[0])
         out = attention.paged_decode(
@@ -1727,17 +1729,21 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     elif name == "FP8 cache":
         monkeypatch.setattr(attention, "shared_memory", lambda _: shared_bytes)
         plans = {(p.tile, p.num_warps, p.num_stages): p for p in attention.DECODE_PLANS.values()}
-        for dtype in (torch.bfloat16, torch.float16):
-            for head_dim in (128, 256, 80):
-                fp8, scales = fp8_pool(9, 256, 8, head_dim)
-                both = {"k_scales": scales, "v_scales": scales}
-                rows = empty(300, 16, head_dim, dtype=dtype), fp8, fp8, lens, lens
-                q = empty(4, 16, head_dim, dtype=dtype)
-                for plan in plans.values() if head_dim == 128 else (None,):
-                    attention.paged_decode(q, fp8, fp8, tables, lens, 1.0, plan=plan, **both)
-                for longest in (300, 2000):
-                    attention.paged_prefill(*rows, longest, 1.0, tables, **both)
-            fp8, scales = fp8_pool(9, 256, 8, 128)
+        for dtype, head_dim, conversion in (
+            *((torch.bfloat16, head_dim, "bits") for head_dim in (128, 256, 80)),
+            (torch.float16, 128, "bits"),
+            (torch.bfloat16, 128, "float16"),
+            *([(torch.bfloat16, 128, "hardware")] if capability >= 89 else []),
+        ):
+            fp8, scales = fp8_pool(9, 256, 8, head_dim)
+            how = {"k_scales": scales, "v_scales": scales, "conversion": conversion}
+            q = empty(4, 16, head_dim, dtype=dtype)
+            for plan in plans.values() if (dtype, head_dim) == (torch.bfloat16, 128) else (None,):
+                attention.paged_decode(q, fp8, fp8, tables, lens, 1.0, plan=plan, **how)
+            q = empty(300, 16, head_dim, dtype=dtype)
+            attention.paged_prefill(q, fp8, fp8, lens, lens, 300, 1.0, tables, **how)
+        fp8, scales = fp8_pool(9, 256, 8, 128)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
             x, stored = empty(4, 4096, dtype=dtype), (fp8, fp8, lens, 16, 8)
             for write_key in (True, False):
                 fused.qk_norm_rope_store(

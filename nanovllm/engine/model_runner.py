@@ -40,8 +40,8 @@ class ModelRunner:
 
     After construction the model is loaded, its memory measured and the pool allocated:
     `kv_cache` is [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim], with `kv_scales`
-    uint8 [2, num_layers, num_blocks, block_size, num_kv_heads] if it is FP8, and each attention
-    layer has its part bound.
+    uint8 [2, num_layers, num_blocks, block_size, num_kv_heads] if it is FP8 (else empty), and each
+    attention layer has its part bound.
 
     Args:
         config: the engine's options.

@@ -162,17 +162,9 @@ def triton_prefill(inputs: AttentionInputs) -> Tensor:
         return hopper_attention.hopper_prefill(query, key, value, tiles, scale, tables)
     cu_seqlens_q, cu_seqlens_k = context.cu_seqlens_q, context.cu_seqlens_k
     assert cu_seqlens_q is not None and cu_seqlens_k is not None
+    lengths = cu_seqlens_q, cu_seqlens_k, context.max_query_len
     return paged_prefill(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        context.max_query_len,
-        scale,
-        tables,
-        k_scales=k_scales,
-        v_scales=v_scales,
+        query, key, value, *lengths, scale, tables, k_scales=k_scales, v_scales=v_scales
     )
 
 
@@ -202,16 +194,9 @@ def triton_decode(inputs: AttentionInputs) -> Tensor:
     query, _, _, k_cache, v_cache, scale, context, k_scales, v_scales = inputs
     tables, lens = context.block_tables, context.context_lens
     assert tables is not None and lens is not None
+    caches, workspace = (k_cache, v_cache, tables, lens), context.decode_workspace
     return paged_decode(
-        query,
-        k_cache,
-        v_cache,
-        tables,
-        lens,
-        scale,
-        workspace=context.decode_workspace,
-        k_scales=k_scales,
-        v_scales=v_scales,
+        query, *caches, scale, workspace=workspace, k_scales=k_scales, v_scales=v_scales
     )
 
 
@@ -256,9 +241,9 @@ BACKENDS = {
         flash_prefill,
         flash_decode,
         "flash_attn",
-        head_dims=range(8, 257, 8),
-        block_step=FLASH_BLOCK_STEP,
-        min_capability=(8, 0),
+        range(8, 257, 8),
+        FLASH_BLOCK_STEP,
+        (8, 0),
         reads_fp8=False,
     ),
     "torch": Backend(torch_prefill, torch_decode, loops_on_host=True, workspace=torch_workspace),
