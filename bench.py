@@ -64,6 +64,7 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument("--device", default="auto")
     engine.add_argument("--dtype", default="auto")
     engine.add_argument("--attention-backend", default="auto")
+    engine.add_argument("--kv-cache-dtype", default="auto")
     engine.add_argument("--enforce-eager", action="store_true")
     engine.add_argument("--max-model-len", type=int, default=4096)
     engine.add_argument("--max-num-seqs", type=int, default=512)
@@ -160,13 +161,14 @@ class Floor:
         # Where ranks share the model, each at the same time has its part to read and to compute.
         self.part: ModelConfig = llm.model_runner.part
         self.block_size = llm.config.kvcache_block_size
-        model, kv_cache = llm.model_runner.model, llm.model_runner.kv_cache
+        model = llm.model_runner.model
+        stored = llm.model_runner.kv_cache, llm.model_runner.kv_scales
         embedding = model.model.embed_tokens.weight
         # Of an input embedding whose memory is not the output head's too, only rows are read.
         self.weight_bytes = sum(p.nbytes for p in model.parameters() if p.dim() < 3)
         if model.lm_head.weight is not embedding:
             self.weight_bytes -= embedding.nbytes
-        self.token_bytes = kv_cache[:, :, 0, 0].nbytes
+        self.token_bytes = sum(x[:, :, 0, 0].nbytes for x in stored if x.numel())
         config, layers = self.part, model.model.layers
         self.expert_shares = expert_shares
         self.expert_bytes = num_chosen = 0
@@ -464,6 +466,7 @@ def description(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
         "output_len": [args.min_output_len, args.max_output_len],
         "dtype": str(llm.model_runner.dtype).removeprefix("torch."),
         "quantization": None if quantization is None else quantization.method,
+        "kv_cache_dtype": llm.config.kv_cache_dtype,
         "device": torch.cuda.get_device_name(device) if on_cuda else processor(),
         "ranks": llm.config.tensor_parallel_size,
         "threads": None if on_cuda else torch.get_num_threads(),
@@ -501,6 +504,7 @@ def main() -> None:
         device=args.device,
         dtype=args.dtype,
         attention_backend=args.attention_backend,
+        kv_cache_dtype=args.kv_cache_dtype,
         enforce_eager=args.enforce_eager,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,

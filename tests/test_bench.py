@@ -142,6 +142,16 @@ def test_shared_blocks_count_once(tiny_model: Path) -> None:
         assert floor._distinct_tokens(SimpleNamespace(items=items)) == 32 + 8 + 13 + 10
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_floor_of_an_fp8_cache_is_its_values_and_their_scales(
+    dtype: str, tiny_model: Path
+) -> None:
+    with watched(tiny_model, kv_cache_dtype="fp8", dtype=dtype) as (llm, _):
+        config = llm.config.model_config
+        rows = 2 * config.num_layers * config.num_kv_heads
+        assert bench.Floor(llm, MACHINE).token_bytes == rows * (config.head_dim + 1)
+
+
 def floor_of_two_chunks(model: Path, machine: bench.Machine) -> tuple[bench.Floor, float]:
     """Of a prompt of 10 tokens, whose second chunk samples; and prefill_s of the first chunk."""
     with watched(model, max_num_batched_tokens=6) as (llm, _):

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanovllm import kernels
 from nanovllm.config import Config, check_pool_size
@@ -40,7 +40,8 @@ class ModelRunner:
     """Owns every tensor of an engine, or one rank's: parameters, KV pool, CUDA graphs.
 
     After construction the model is loaded, its memory measured and the pool allocated:
-    `kv_cache` is [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim], and each
+    `kv_cache` is [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim], with `kv_scales`
+    uint8 [2, num_layers, num_blocks, block_size, num_kv_heads] if it is FP8 (else empty), and each
     attention layer has its part bound.
 
     Args:
@@ -60,9 +61,9 @@ class ModelRunner:
         self.blocks_per_seq = -(-config.max_model_len // self.block_size)
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, model.dtype, self.device)
-        self.backend = select_backend(
-            config.attention_backend, self.device, self.dtype, self.block_size, model.head_dim
-        )
+        self.is_fp8_cache = config.kv_cache_dtype == "fp8"
+        case = self.device, self.dtype, self.block_size, model.head_dim, self.is_fp8_cache
+        self.backend = select_backend(config.attention_backend, *case)
         self.layout = BatchLayout(self.block_size, config.model_config.vocab_size, self.device)
         # Of a GPU one engine at a time: what it takes shows in the process's memory.
         alone = _building if self.device.type == "cuda" else nullcontext()
@@ -81,10 +82,10 @@ class ModelRunner:
             if self.num_blocks == -1:
                 self.num_blocks = self._derive_num_blocks(budget)
             else:
-                block_bytes = self._bind_kv_cache(1).nbytes
+                block_bytes = self._bind_kv_cache(1)
                 require_memory("num_kvcache_blocks", self.num_blocks, block_bytes, self.device)
                 self.group.least(self.num_blocks)  # all of them have as much
-            self.kv_cache = self._bind_kv_cache(self.num_blocks)
+            pool_bytes = self._bind_kv_cache(self.num_blocks)
             if self.device.type == "cuda":
                 self._warm_up()
             if self._can_capture():
@@ -92,12 +93,12 @@ class ModelRunner:
                 with logged(f"Capturing {len(self.graphs.sizes)} CUDA graphs"):
                     self.graphs.capture(self.graphs.sizes)
         self.group.least(0)  # no rank begins before all are ready
-        gib = self.kv_cache.nbytes / 2**30
+        element = "fp8" if self.is_fp8_cache else str(self.dtype).removeprefix("torch.")
         taken = ", taken as it fills" if self.device.type == "cpu" else ""
         logger.info(
             f"KV pool: {self.num_blocks} blocks of {self.block_size} tokens = "
-            f"{self.num_blocks * self.block_size} tokens, {gib:.2f} GiB{taken} on {self.device} "
-            f"({str(self.dtype).removeprefix('torch.')}, attention: {self.backend})"
+            f"{self.num_blocks * self.block_size} tokens, {pool_bytes / 2**30:.2f} GiB{taken} on "
+            f"{self.device} ({element}, attention: {self.backend})"
         )
 
     @property
@@ -157,7 +158,7 @@ class ModelRunner:
     def free(self) -> None:
         """Give the memory back. The runner is of no use afterwards."""
         self.synchronize()
-        for name in ("model", "kv_cache", "graphs", "sampler", "decode_workspace"):
+        for name in ("model", "kv_cache", "kv_scales", "graphs", "sampler", "decode_workspace"):
             self.__dict__.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
@@ -207,7 +208,7 @@ class ModelRunner:
 
     def _derive_num_blocks(self, budget: CudaBudget | None) -> int:
         """How many blocks the memory holds, at most what the largest batch could need on a CPU."""
-        block_bytes = self._bind_kv_cache(1).nbytes
+        block_bytes = self._bind_kv_cache(1)
         if budget is None:
             largest = self.config.max_num_seqs * self.blocks_per_seq
             num_blocks = min(cpu_pool_budget() // block_bytes, largest)
@@ -221,8 +222,8 @@ class ModelRunner:
         check_pool_size(num_blocks, self.block_size, self.config.max_model_len)
         return num_blocks
 
-    def _bind_kv_cache(self, num_blocks: int) -> Tensor:
-        """A pool of num_blocks, each layer's part bound to its attention."""
+    def _bind_kv_cache(self, num_blocks: int) -> int:
+        """Make a pool of num_blocks, bind each layer's part to its attention; returns its bytes."""
         model = self.part
         shape = 2, model.num_layers, num_blocks, self.block_size, model.num_kv_heads, model.head_dim
         what = f"a KV pool of {num_blocks} blocks of {self.block_size} tokens"
@@ -231,11 +232,18 @@ class ModelRunner:
             "give a smaller num_kvcache_blocks or kvcache_block_size, or max_num_seqs and "
             "max_model_len, of which it is derived on a CPU, or gpu_memory_utilization",
         ):
-            kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+            dtype = torch.uint8 if self.is_fp8_cache else self.dtype
+            kv_cache = torch.empty(shape, dtype=dtype, device=self.device)
+            size = shape[:-1] if self.is_fp8_cache else (0,)
+            kv_scales = torch.empty(size, dtype=torch.uint8, device=self.device)
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         for layer, k_cache, v_cache in zip(layers, *kv_cache, strict=True):
             layer.k_cache, layer.v_cache = k_cache, v_cache
-        return kv_cache
+        if self.is_fp8_cache:
+            for layer, k_scales, v_scales in zip(layers, *kv_scales, strict=True):
+                layer.k_scales, layer.v_scales = k_scales, v_scales
+        self.kv_cache, self.kv_scales = kv_cache, kv_scales
+        return kv_cache.nbytes + kv_scales.nbytes
 
     def _run_largest_prefill(self) -> None:
         """Run the step that takes the most memory, so that its peak is known; nothing is stored."""
