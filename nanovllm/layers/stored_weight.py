@@ -78,7 +78,7 @@ def quantize(layer: nn.Module, name: str, quantization: Quantization) -> None:
         if weights and kept and kept != names:
             raise ValueError(
                 f"modules_to_not_convert names {min(kept)} but not {min(names - kept)}, which is "
-                "one product with it: that is not implemented"
+                "merged with it: that is not implemented"
             )
         for weight in weights if not kept else ():
             weight.quantize()

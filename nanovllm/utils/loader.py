@@ -170,12 +170,13 @@ def check_checkpoint(shapes: dict[str, torch.Size], is_tied: bool, model_dir: Pa
             kind = tensor.get_dtype()
             if is_fp8 and kind != "F8_E4M3":
                 raise ValueError(
-                    f"{model_dir}: tensor {name!r} is {kind}, the configuration asks for F8_E4M3"
+                    f"{model_dir}: tensor {name!r} is {kind}, quantization_config in config.json "
+                    "asks for F8_E4M3; without it, quantization='fp8' quantises plain weights"
                 )
             if not is_fp8 and kind not in ("F16", "F32", "F64", "BF16"):
                 raise ValueError(
                     f"{model_dir}: tensor {name!r} is {kind}; quantised checkpoints are not "
-                    "implemented, but for FP8 weights that the configuration says to be so"
+                    "implemented, but for FP8 weights that quantization_config says to be so"
                 )
             if list(tensor.get_shape()) != list(shapes[name]):
                 raise ValueError(
@@ -196,7 +197,7 @@ def _why(name: str) -> str:
     if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
         return "; experts are to be saved one by one, as save_pretrained does by itself"
     if name.endswith(SCALES_SUFFIX):
-        return ", which scales a weight that the configuration does not say to be quantised"
+        return ", which scales a weight that quantization_config does not say to be quantised"
     return ""
 
 
