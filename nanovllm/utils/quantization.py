@@ -56,10 +56,14 @@ class Fp8Weight(NamedTuple):
         return list(map(Fp8Weight, self.values.split(list(sizes), dim=-2), scales))
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """[..., num_rows, input_size]."""
+        """[..., num_rows, input_size]; of a stack one matrix at a time is float32."""
         rows, inputs = self.block
-        scales = self.scales.repeat_interleave(rows, -2).repeat_interleave(inputs, -1)
-        return scales.mul_(self.values.float()).to(dtype)
+        out = torch.empty(self.shape, dtype=dtype, device=self.values.device)
+        stacks = (each.reshape(-1, *each.shape[-2:]) for each in (self.values, self.scales, out))
+        for values, scales, matrix in zip(*stacks, strict=True):
+            blocks = values.float().unflatten(1, (-1, inputs)).unflatten(0, (-1, rows))
+            matrix.copy_(blocks.mul_(scales[:, None, :, None]).flatten(2).flatten(0, 1))
+        return out
 
     def fill(self, values: Tensor, scales: Tensor, starts: Sequence[int]) -> None:
         """Take what is a part of a checkpoint's matrix.
