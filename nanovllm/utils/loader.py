@@ -13,6 +13,7 @@ from nanovllm.utils.parallel import RankGroup
 from nanovllm.utils.quantization import (
     BLOCK,
     E4M3,
+    E4M3_MAX,
     SCALES_SUFFIX,
     Fp8Weight,
     Target,
@@ -367,7 +368,8 @@ def fill_random(model: nn.Module, seed: int = 0) -> None:
             if parameter.dtype == E4M3:
                 for matrix in parameter.flatten(0, -2).split(1 << 16):
                     fill(random := torch.empty(matrix.shape, device=device))
-                    matrix.copy_(random / FP8_SCALE)
+                    # Larger ones, one of 200,000, are NaN in e4m3 unless torch saturates.
+                    matrix.copy_((random / FP8_SCALE).clamp_(-E4M3_MAX, E4M3_MAX))
             elif name.endswith("scales"):
                 parameter.fill_(FP8_SCALE)
             elif parameter.dim() > 1:
