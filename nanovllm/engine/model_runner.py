@@ -133,8 +133,15 @@ class ModelRunner:
         """Raise ValueError, as utils.loader.check_checkpoint, for what load_weights refuses."""
         check_checkpoint(self._shapes, self.model.tie_word_embeddings, model_dir)
 
+    @property
+    def dequantizes(self) -> bool:
+        """True if FP8 weights are kept as plain ones, since there are no kernels for them here."""
+        return self.part.quantization is not None and not kernels.multiplies_fp8(self.device)
+
     def load_weights(self, model_dir: Path) -> None:
-        """Fill the model from another checkpoint. On a GPU its memory, and so the graphs, stay.
+        """Fill the model from another checkpoint.
+
+        On a GPU its memory stays, and so do the graphs, unless weights are dequantised.
 
         Raises:
             ValueError: as utils.loader.load_weights; some of the parameters may be filled.
@@ -144,6 +151,9 @@ class ModelRunner:
             self.model.unpack()
             load_weights(self.model, model_dir, self._shapes, self.group, pack)
             self.model.pack()
+            if self.graphs is not None and self.dequantizes:
+                self.graphs = self._make_graphs()
+                self.graphs.capture(self.graphs.sizes)
 
     def new_seed(self) -> int:
         """A seed for a request; torch.manual_seed makes them repeatable."""
@@ -180,7 +190,7 @@ class ModelRunner:
             whole = Qwen3ForCausalLM(config.model_config, backend, 1, device=torch.device("meta"))
         quantization = self.part.quantization
         self._shapes = checkpoint_shapes(whole, quantization is not None and quantization.is_stored)
-        if quantization is not None and not kernels.multiplies_fp8(self.device):
+        if self.dequantizes:
             logger.info(
                 f"FP8 weights are kept as {str(self.dtype).removeprefix('torch.')}: for them as "
                 f"such there are no kernels on {self.device}"
