@@ -37,6 +37,7 @@ from torch import Tensor
 from nanovllm import LLM
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.layers.attention import BACKENDS
+from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.model_config import ModelConfig, Quantization, read_json
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils import loader
@@ -346,6 +347,20 @@ def test_half_precision_stays_near_the_float32_of_the_same_numbers(
         with watched(path, dtype=dtype, max_model_len=128, max_num_seqs=8) as (llm, _):
             found.append(completions(llm, prompts_for(spec), max_tokens=16))
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [CUT[0], CUT[1], CUT[2], DIVISIBLE[3]], ids=str)
+def test_weights_that_stay_fp8_give_the_tokens_of_dequantised_ones(
+    spec: ModelSpec, fp8_checkpoint: Fp8Factory, monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
+    """By the product that is the twin of the kernels'."""
+    model = fp8_checkpoint(spec, in_shards=spec.tied)
+    expected = tokens(model, spec)
+    monkeypatch.setattr(StoredWeight, "pack", lambda self: None)
+    with watched(model, **OPTIONS) as (llm, _):
+        assert weights_of(llm)["model.layers.0.mlp.down_proj.weight"].dtype == E4M3
+        assert completions(llm, prompts_for(spec), max_tokens=24) == expected
 
 
 # --- scheduling ------------------------------------------------------------------------------
