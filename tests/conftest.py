@@ -437,6 +437,16 @@ def trained_llm(
     assert is_idle(shared_trained_llm)
 
 
+@pytest.fixture
+def clean_gpu() -> Iterator[None]:
+    """Nothing of an earlier test on the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 # --- the engine, watched ---------------------------------------------------------------------
 
 
