@@ -60,7 +60,7 @@ from nanovllm.utils.quantization import E4M3, Fp8Weight, quantize
 
 E4M3_NUMBERS = torch.arange(256, dtype=torch.uint8).view(E4M3).double()
 E4M3_NUMBERS = E4M3_NUMBERS[E4M3_NUMBERS.isfinite()].unique()
-ReferenceFactory = Callable[[Path], Reference]
+NUM_TOKENS = 16  # of a completion, where nothing else is said
 Fp8Factory = Callable[..., Path]
 
 
@@ -275,7 +275,7 @@ def check_parity(
     prompts = prompts_for(spec)
     options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8} | options
     with watched(model, kvcache_block_size=16, **options) as (llm, spy):
-        outputs = completions(llm, prompts, max_tokens=24)
+        outputs = completions(llm, prompts, NUM_TOKENS)
         found = compare_run(reference, spy, prompts, outputs)
     tally.count("FP8: tokens compared with transformers", found.num_positions)
     tally.count("FP8: near-ties let pass", found.num_near_ties)
@@ -343,8 +343,9 @@ def test_modules_that_were_not_converted_stay_as_they_are(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [CUT[0], DIVISIBLE[6]], ids=str)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("spec", "dtype"), [(CUT[0], "bfloat16"), (DIVISIBLE[6], "float16")], ids=str
+)
 def test_half_precision_stays_near_the_float32_of_the_same_numbers(
     spec: ModelSpec, dtype: str, fp8_checkpoint: Fp8Factory, tmp_path: Path
 ) -> None:
@@ -359,7 +360,7 @@ def test_half_precision_stays_near_the_float32_of_the_same_numbers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [CUT[0], CUT[1], CUT[2], DIVISIBLE[3]], ids=str)
+@pytest.mark.parametrize("spec", [CUT[1], CUT[2], DIVISIBLE[3]], ids=str)
 def test_weights_that_stay_fp8_give_the_tokens_of_dequantised_ones(
     spec: ModelSpec, fp8_checkpoint: Fp8Factory, monkeypatch: pytest.MonkeyPatch, tally: Tally
 ) -> None:
@@ -369,7 +370,7 @@ def test_weights_that_stay_fp8_give_the_tokens_of_dequantised_ones(
     monkeypatch.setattr(StoredWeight, "pack", lambda self: None)
     with watched(model, **OPTIONS) as (llm, _):
         assert weights_of(llm)["model.layers.0.mlp.down_proj.weight"].dtype == E4M3
-        assert completions(llm, prompts_for(spec), max_tokens=24) == expected
+        assert completions(llm, prompts_for(spec), NUM_TOKENS) == expected
 
 
 # --- scheduling ------------------------------------------------------------------------------
@@ -403,11 +404,11 @@ OPTIONS: dict[str, Any] = {
 
 def tokens(model: Path, spec: ModelSpec, **options: Any) -> list[list[int]]:
     with LLM(str(model), **OPTIONS | options) as llm:
-        return completions(llm, prompts_for(spec), max_tokens=24)
+        return completions(llm, prompts_for(spec), NUM_TOKENS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [*CUT, DIVISIBLE[0], DIVISIBLE[4]], ids=str)
+@pytest.mark.parametrize("spec", [*CUT[:4], CUT[6], DIVISIBLE[4]], ids=str)
 def test_a_plain_checkpoint_is_quantised_as_its_fp8_one_was(
     spec: ModelSpec, checkpoint: CheckpointFactory, fp8_checkpoint: Fp8Factory
 ) -> None:
@@ -430,7 +431,7 @@ def weights_of(llm: LLM) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [CUT[1], CUT[6], DIVISIBLE[0]], ids=str)
+@pytest.mark.parametrize("spec", [CUT[1], CUT[6]], ids=str)
 @pytest.mark.parametrize("is_stored", [True, False], ids=["FP8 checkpoints", "quantised"])
 def test_weights_are_changed_for_others_of_the_same_kind(
     spec: ModelSpec, is_stored: bool, checkpoint: CheckpointFactory, fp8_checkpoint: Fp8Factory
@@ -438,13 +439,13 @@ def test_weights_are_changed_for_others_of_the_same_kind(
     others = replace(spec, seed=spec.seed + 1)
     make: Fp8Factory = fp8_checkpoint if is_stored else checkpoint
     quantization = "auto" if is_stored else "fp8"
-    first = tokens(make(spec), spec, quantization=quantization)
     second = tokens(make(others), spec, quantization=quantization)
-    assert first != second
     with LLM(str(make(spec)), **OPTIONS, quantization=quantization) as llm:
+        first = completions(llm, prompts_for(spec), NUM_TOKENS)
+        assert first != second
         for model, expected in ((others, second), (spec, first)):
             llm.load_weights(make(model))
-            assert completions(llm, prompts_for(spec), max_tokens=24) == expected
+            assert completions(llm, prompts_for(spec), NUM_TOKENS) == expected
 
 
 def test_weights_of_another_kind_are_refused_and_the_old_ones_stay(
@@ -609,9 +610,9 @@ def test_two_ranks_choose_the_tokens_of_one(fp8_checkpoint: Fp8Factory) -> None:
     model = fp8_checkpoint(spec)
     expected = tokens(model, spec)
     with parallel(model) as llm:
-        assert completions(llm, prompts_for(spec), max_tokens=24) == expected
+        assert completions(llm, prompts_for(spec), NUM_TOKENS) == expected
         llm.load_weights(model)
-        assert completions(llm, prompts_for(spec), max_tokens=24) == expected
+        assert completions(llm, prompts_for(spec), NUM_TOKENS) == expected
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -914,7 +915,6 @@ def test_tokens_are_mostly_those_of_an_engine_of_the_dequantised_weights(
     options = GPU_OPTIONS | {"dtype": "bfloat16"}
     with LLM(str(plain), **options) as llm:
         expected = completions(llm, asked, max_tokens=24)
-        del llm
     forced = [
         prompt + output[:end]
         for prompt, output in zip(asked, expected, strict=True)
