@@ -12,9 +12,8 @@ import pytest
 import torch
 from conftest import CheckpointFactory, ModelSpec, random_prompts, watched
 
-from nanovllm import SamplingParams
+from nanovllm import SamplingParams, kernels
 from nanovllm.layers.moe import MoE, route
-from nanovllm.layers.stored_weight import StoredWeight
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -119,7 +118,7 @@ def test_of_fp8_weights_the_bytes_are_those_that_are_stored(
     with watched(model) as (llm, _):
         plain = bench.Floor(llm, MACHINE, shares)
     if is_kept:  # as on a GPU that has kernels for them
-        monkeypatch.setattr(StoredWeight, "pack", lambda self: None)
+        monkeypatch.setattr(kernels, "multiplies_fp8", lambda device: True)
     with watched(model, quantization="fp8") as (llm, _):
         floor = bench.Floor(llm, MACHINE, shares)
         config, layers = llm.config.model_config, llm.model_runner.model.model.layers

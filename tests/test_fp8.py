@@ -46,7 +46,6 @@ from torch import Tensor, nn
 from nanovllm import LLM, kernels
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.layers.attention import BACKENDS
-from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.model_config import ModelConfig, Quantization, read_json
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils import loader
@@ -56,7 +55,7 @@ from nanovllm.utils.loader import (
     fill_random,
     load_weights,
 )
-from nanovllm.utils.quantization import E4M3, Fp8Weight, quantize
+from nanovllm.utils.quantization import E4M3, Dequantized, Fp8Weight, quantize
 
 E4M3_NUMBERS = torch.arange(256, dtype=torch.uint8).view(E4M3).double()
 E4M3_NUMBERS = E4M3_NUMBERS[E4M3_NUMBERS.isfinite()].unique()
@@ -359,6 +358,11 @@ def test_half_precision_stays_near_the_float32_of_the_same_numbers(
     assert found[0] == found[1]
 
 
+def keep_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have weights stay FP8 on a CPU, as on a GPU that has kernels for them."""
+    monkeypatch.setattr(kernels, "multiplies_fp8", lambda device: True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [CUT[1], CUT[2], DIVISIBLE[3]], ids=str)
 def test_weights_that_stay_fp8_give_the_tokens_of_dequantised_ones(
@@ -367,7 +371,7 @@ def test_weights_that_stay_fp8_give_the_tokens_of_dequantised_ones(
     """By the product that is the twin of the kernels'."""
     model = fp8_checkpoint(spec, in_shards=spec.tied)
     expected = tokens(model, spec)
-    monkeypatch.setattr(StoredWeight, "pack", lambda self: None)
+    keep_fp8(monkeypatch)
     with watched(model, **OPTIONS) as (llm, _):
         assert weights_of(llm)["model.layers.0.mlp.down_proj.weight"].dtype == E4M3
         assert completions(llm, prompts_for(spec), NUM_TOKENS) == expected
@@ -448,6 +452,21 @@ def test_weights_are_changed_for_others_of_the_same_kind(
             assert completions(llm, prompts_for(spec), NUM_TOKENS) == expected
 
 
+def test_dequantised_weights_lie_where_they_lay_after_a_load(
+    checkpoint: CheckpointFactory, fp8_checkpoint: Fp8Factory
+) -> None:
+    """CUDA graphs have them there. Those of experts, since a CPU packs the others anew."""
+    spec = CUT[6]
+    for model, options in ((fp8_checkpoint(spec), {}), (checkpoint(spec), {"quantization": "fp8"})):
+        with LLM(str(model), **OPTIONS | options) as llm:
+            assert isinstance(llm.model_runner, ModelRunner)
+            experts = llm.model_runner.model.model.layers[1].mlp.experts
+            before = [weight.data_ptr() for weight in experts.parameters()]
+            assert {weight.dtype for weight in experts.parameters()} == {torch.float32}
+            llm.load_weights(model)
+            assert [weight.data_ptr() for weight in experts.parameters()] == before
+
+
 def test_weights_of_another_kind_are_refused_and_the_old_ones_stay(
     checkpoint: CheckpointFactory, fp8_checkpoint: Fp8Factory
 ) -> None:
@@ -509,13 +528,17 @@ def test_after_a_load_that_failed_halfway_only_a_load_helps(
         assert completions(llm, prompts_for(spec), max_tokens=8) == expected
 
 
-def test_dummy_weights_are_finite(fp8_checkpoint: Fp8Factory, tmp_path: Path) -> None:
-    """Also where a number is drawn that is larger than any in e4m3: one in 300,000 is."""
+def test_dummy_weights_are_finite_and_as_large_as_others(
+    fp8_checkpoint: Fp8Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a number is drawn that is larger than any in e4m3: one in 200,000 is."""
     spec = DIVISIBLE[4]
     shutil.copy(fp8_checkpoint(spec) / "config.json", tmp_path)
     edit_json(tmp_path / "config.json", hidden_size=512, intermediate_size=1024)
     config = ModelConfig.from_dict(read_json(tmp_path / "config.json"))
-    model = Qwen3ForCausalLM(config, BACKENDS["torch"], max_positions=32)
+    with monkeypatch.context() as patch:
+        keep_fp8(patch)
+        model = Qwen3ForCausalLM(config, BACKENDS["torch"], max_positions=32)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     fill_random(model)
@@ -554,7 +577,7 @@ SPLIT = [
 
 
 def read(model_dir: Path, config: ModelConfig, group: FakeGroup) -> Qwen3ForCausalLM:
-    """A rank's part of a model, its weights still FP8."""
+    """A rank's part of a model."""
     assert config.quantization is not None
     whole = Qwen3ForCausalLM(config, BACKENDS["torch"], 1, device=torch.device("meta"))
     part = Qwen3ForCausalLM(config.split(group.size), BACKENDS["torch"], 32, group)
@@ -566,18 +589,29 @@ def read(model_dir: Path, config: ModelConfig, group: FakeGroup) -> Qwen3ForCaus
 
 def numbers_of(model: Qwen3ForCausalLM) -> dict[str, Tensor]:
     """What a checkpoint's tensors stand for, as the model holds them."""
-    return {
-        name: target.dequantized(torch.float32) if isinstance(target, Fp8Weight) else target
-        for name, target in checkpoint_targets(model).items()
-    }
+    numbers = {}
+    for name, target in checkpoint_targets(model).items():
+        if isinstance(target, Fp8Weight):
+            numbers[name] = target.dequantized(torch.float32)
+        else:
+            numbers[name] = target.weight if isinstance(target, Dequantized) else target
+    return numbers
 
 
 @pytest.mark.parametrize("spec", SPLIT, ids=str)
 @pytest.mark.parametrize("is_stored", [True, False], ids=["FP8 checkpoint", "quantised"])
+@pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "dequantised"])
 def test_a_ranks_part_has_the_scales_of_whole_blocks(
-    spec: ModelSpec, is_stored: bool, checkpoint: CheckpointFactory, fp8_checkpoint: Fp8Factory
+    spec: ModelSpec,
+    is_stored: bool,
+    is_kept: bool,
+    checkpoint: CheckpointFactory,
+    fp8_checkpoint: Fp8Factory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The parts of two and of four ranks make up the whole, number by number."""
+    if is_kept:
+        keep_fp8(monkeypatch)
     stored = fp8_checkpoint(spec, in_shards=True)
     model_dir = stored if is_stored else checkpoint(spec)
     config = ModelConfig.from_dict(read_json(model_dir / "config.json")).quantized("fp8")
@@ -952,7 +986,7 @@ def test_graphs_read_the_weights_that_were_loaded_last(
     fp8_checkpoint: Fp8Factory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where weights are dequantised, as on an A100, and so lie elsewhere after each load."""
+    """Also where weights are dequantised, as on an A100."""
     if not has_kernels:
         monkeypatch.setattr(kernels, "multiplies_fp8", lambda device: False)
     first, second = fp8_checkpoint(spec), fp8_checkpoint(replace(spec, seed=spec.seed + 1))

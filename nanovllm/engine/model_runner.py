@@ -23,7 +23,6 @@ from nanovllm.layers.linear import Linear
 from nanovllm.layers.logprobs import ROWS_AT_A_TIME
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.products import first_sizes
-from nanovllm.layers.stored_weight import pack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
@@ -133,15 +132,8 @@ class ModelRunner:
         """Raise ValueError, as utils.loader.check_checkpoint, for what load_weights refuses."""
         check_checkpoint(self._shapes, self.model.tie_word_embeddings, model_dir)
 
-    @property
-    def dequantizes(self) -> bool:
-        """True if FP8 weights are kept as plain ones, since there are no kernels for them here."""
-        return self.part.quantization is not None and not kernels.multiplies_fp8(self.device)
-
     def load_weights(self, model_dir: Path) -> None:
-        """Fill the model from another checkpoint.
-
-        On a GPU its memory stays, and so do the graphs, unless weights are dequantised.
+        """Fill the model from another checkpoint. On a GPU its memory, and so the graphs, stay.
 
         Raises:
             ValueError: as utils.loader.load_weights; some of the parameters may be filled.
@@ -149,11 +141,8 @@ class ModelRunner:
         self.synchronize()
         with own_modes(self.device, inference=False):
             self.model.unpack()
-            load_weights(self.model, model_dir, self._shapes, self.group, pack)
+            load_weights(self.model, model_dir, self._shapes, self.group)
             self.model.pack()
-            if self.graphs is not None and self.dequantizes:
-                self.graphs = self._make_graphs()
-                self.graphs.capture(self.graphs.sizes)
 
     def new_seed(self) -> int:
         """A seed for a request; torch.manual_seed makes them repeatable."""
@@ -190,7 +179,7 @@ class ModelRunner:
             whole = Qwen3ForCausalLM(config.model_config, backend, 1, device=torch.device("meta"))
         quantization = self.part.quantization
         self._shapes = checkpoint_shapes(whole, quantization is not None and quantization.is_stored)
-        if self.dequantizes:
+        if quantization is not None and not kernels.multiplies_fp8(self.device):
             logger.info(
                 f"FP8 weights are kept as {str(self.dtype).removeprefix('torch.')}: for them as "
                 f"such there are no kernels on {self.device}"
@@ -199,7 +188,7 @@ class ModelRunner:
             if config.load_format == "dummy":
                 fill_random(model)
             else:
-                load_weights(model, config.model_dir, self._shapes, self.group, pack)
+                load_weights(model, config.model_dir, self._shapes, self.group)
             model.pack()
         return model.eval()
 

@@ -41,14 +41,14 @@ class Linear(StoredWeight):
         return product_table(self.weight, *kind, scales=self.scales)
 
     def pack(self) -> None:
-        super().pack()
+        """Keep the weight, now that it is filled, as this machine multiplies fastest."""
         if self.scales is None and not self.weight.is_mkldnn:
             packed = pack(self.weight)
             if packed is not self.weight:
                 self.replace(packed)
 
     def unpack(self) -> None:
-        super().unpack()
+        """Have plain memory for the weight again, to be filled."""
         if self.weight.is_mkldnn:
             shape, dtype = self.weight.shape, self.weight.dtype
             self.replace(torch.empty(shape, dtype=dtype, device=self.weight.device))

@@ -1,4 +1,4 @@
-"""StoredWeight: a weight as it is loaded, and as it is kept afterwards."""
+"""StoredWeight: a weight that is kept as it is in the model's dtype, or as FP8."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class StoredWeight(nn.Module):
 
     Args:
         shape: of the weight.
-        **options: device and dtype; once it is quantised, of what it stands for.
+        **options: its device and dtype, unless it is kept as FP8.
     """
 
     def __init__(self, *shape: int, **options: Any) -> None:
@@ -26,7 +26,6 @@ class StoredWeight(nn.Module):
         self.scales: Tensor | None
         self.weight = nn.Parameter(torch.empty(shape, **options), requires_grad=False)
         self.register_parameter("scales", None)
-        self.dtype = self.weight.dtype
         self.is_fp8 = False
 
     @property
@@ -35,35 +34,19 @@ class StoredWeight(nn.Module):
         return self.weight.size(-2)
 
     def quantize(self) -> None:
-        """Have FP8 memory for it, to be filled."""
+        """Take FP8 numbers, and keep them where there are kernels for them, or what they mean."""
         self.is_fp8 = True
         shape, device = self.weight.shape, self.weight.device
-        self.replace(*Fp8Weight.empty(*shape, row_step=self.row_step, device=device))
-
-    def pack(self) -> None:
-        """Keep it, now that it is filled, as this machine multiplies fastest."""
-        if self.scales is not None and not kernels.multiplies_fp8(self.weight.device):
-            self.replace(Fp8Weight(self.weight, self.scales).dequantized(self.dtype))
-
-    def unpack(self) -> None:
-        """Have memory for it again, to be filled."""
-        if self.is_fp8 and self.scales is None:
-            self.quantize()
+        if kernels.multiplies_fp8(device):
+            self.replace(*Fp8Weight.empty(*shape, row_step=self.row_step, device=device))
 
     def replace(self, weight: Tensor, scales: Tensor | None = None) -> None:
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
 
 
-def pack(module: nn.Module) -> None:
-    """Pack each weight in a module, and let those alone that are packed."""
-    for part in module.modules():
-        if isinstance(part, StoredWeight):
-            part.pack()
-
-
 def quantize(layer: nn.Module, name: str, quantization: Quantization) -> None:
-    """Have quantised memory for the weights of a layer, but for its router's and those kept.
+    """Quantise the weights of a layer, but for its router's and those kept.
 
     Args:
         name: of the layer in a checkpoint.

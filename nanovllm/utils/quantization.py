@@ -80,8 +80,32 @@ class Fp8Weight(NamedTuple):
         self.scales.copy_(scales)
 
 
+class Dequantized(NamedTuple):
+    """A matrix, or a stack of them, that is filled with what FP8 numbers stand for.
+
+    weight: [..., num_rows, input_size].
+    """
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    def split(self, sizes: Sequence[int]) -> "list[Dequantized]":
+        """Parts of so many rows each, as views."""
+        return list(map(Dequantized, self.weight.split(list(sizes), dim=-2)))
+
+    def fill(self, values: Tensor, scales: Tensor, starts: Sequence[int]) -> None:
+        """As Fp8Weight.fill."""
+        device = self.weight.device
+        part = Fp8Weight.empty(*self.shape, row_step=self.shape[-2], device=device)
+        part.fill(values, scales, starts)
+        self.weight.copy_(part.dequantized(self.weight.dtype))
+
+
 # What one tensor of a checkpoint fills.
-Target = Tensor | Fp8Weight
+Target = Tensor | Fp8Weight | Dequantized
 
 
 def num_blocks(size: int) -> int:
@@ -116,13 +140,17 @@ def quantize(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def own_targets(module: nn.Module) -> dict[str, Target]:
-    """A module's parameters by their names, a weight and its scales as one."""
-    targets: dict[str, Target] = dict(module.named_parameters(recurse=False))
-    scales = targets.pop("scales", None)
+    """A module's parameters by their names, a weight and its scales as one.
+
+    is_fp8, where a module has it, says whether its weight is FP8, or what FP8 numbers stand for.
+    """
+    parameters = dict(module.named_parameters(recurse=False))
+    scales = parameters.pop("scales", None)
+    targets: dict[str, Target] = {**parameters}
     if scales is not None:
-        weight = targets["weight"]
-        assert isinstance(weight, Tensor) and isinstance(scales, Tensor)
-        targets["weight"] = Fp8Weight(weight, scales)
+        targets["weight"] = Fp8Weight(parameters["weight"], scales)
+    elif getattr(module, "is_fp8", False):
+        targets["weight"] = Dequantized(parameters["weight"])
     return targets
 
 
@@ -130,4 +158,6 @@ def matrices(stack: Target) -> Sequence[Target]:
     """Those of a stack, as views."""
     if isinstance(stack, Fp8Weight):
         return list(map(Fp8Weight, stack.values, stack.scales))
+    if isinstance(stack, Dequantized):
+        return list(map(Dequantized, stack.weight))
     return list(stack)
