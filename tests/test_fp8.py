@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     IS_V5,
+    ROOT,
     CheckpointFactory,
     ModelSpec,
     Reference,
@@ -306,6 +307,21 @@ def test_blocks_that_are_cut_at_the_edges_stand_for_what_their_scales_say(
     check_parity(model, Reference(plain), spec, tally)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scales_may_be_half_as_long(
+    dtype: torch.dtype, fp8_checkpoint: Fp8Factory, tmp_path: Path, tally: Tally
+) -> None:
+    """As in Qwen's own checkpoints."""
+    spec = CUT[0]
+    tensors = tensors_of(fp8_checkpoint(spec))
+    scales = {name: t.to(dtype) for name, t in tensors.items() if name.endswith("_scale_inv")}
+    files = {"model.safetensors": tensors | scales}
+    model = save_tensors(fp8_checkpoint(spec), tmp_path / "model", files)
+    check_parity(model, Reference(save_dequantized(model, tmp_path / "plain")), spec, tally)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [CUT[0], DIVISIBLE[4], CUT[6]], ids=str)
 def test_an_fp8_checkpoint_differs_from_what_it_was_made_of(
     spec: ModelSpec, checkpoint: CheckpointFactory, fp8_checkpoint: Fp8Factory, tally: Tally
@@ -552,6 +568,24 @@ def test_dummy_weights_are_finite_and_as_large_as_others(
             if weight.dim() > 1:
                 assert 0.015 < float(weight.std()) < 0.025, name
         assert len(completions(llm, [[1, 2, 3]], max_tokens=20)[0]) == 20
+
+
+@pytest.mark.slow
+def test_the_trained_checkpoint_answers_as_well(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the script whose figures for 100 tasks of each family are in docs/benchmarks.md."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import quality
+
+    common = {"device": "cpu", "dtype": "float32", "max_model_len": 512}
+    rows = quality.measure(2, {"quantization": "fp8"}, common)
+    quality.print_table(rows)
+    print(capsys.readouterr().out)
+    assert rows["all"].num_tasks == 2 * 14
+    assert rows["all"].num_right >= rows["all"].num_right_plain - 1
+    assert 1e-8 < rows["all"].kl_mean < 1e-5
+    assert rows["all"].kl_max < 0.02
 
 
 # --- parts of a model ------------------------------------------------------------------------
