@@ -34,7 +34,7 @@ class StoredWeight(nn.Module):
         return self.weight.size(-2)
 
     def quantize(self) -> None:
-        """Take FP8 numbers, and keep them where there are kernels for them, or what they mean."""
+        """Be filled with FP8 numbers: kept where kernels multiply such, dequantised elsewhere."""
         self.is_fp8 = True
         shape, device = self.weight.shape, self.weight.device
         if kernels.multiplies_fp8(device):
