@@ -187,15 +187,22 @@ class Floor:
             return dense, sum(num_chosen * p[0].numel() for p in parameters if p.dim() == 3)
 
         self.flops_per_token = 2 * sum(weights(layers))
-        kv_weights = 2 * config.num_kv_heads * config.head_dim * config.hidden_size
+
+        def num_bytes(module: nn.Module) -> int:
+            """Of its matrices outside experts, scales included."""
+            return sum(p.nbytes for p in module.parameters() if p.dim() == 2)
+
         # Beyond K and V in the last layer.
+        kv_rows = 2 * config.num_kv_heads * config.head_dim
         dense, sparse = weights(layers[-1])
-        dense -= kv_weights
+        dense -= kv_rows * config.hidden_size
         self.flops_per_last = 2 * (dense + sparse)
         self.flops_per_logits = 2 * embedding.numel()
         # Weights that only tokens which are sampled from pass through: the last layer's, the head.
         # Its experts count as those of a layer, by number of sequences: see _touched_experts.
-        self.last_bytes = (dense + embedding.numel()) * embedding.itemsize
+        qkv_proj = layers[-1].self_attn.qkv_proj
+        kv_bytes = num_bytes(qkv_proj) * kv_rows // qkv_proj.weight.size(0)
+        self.last_bytes = num_bytes(layers[-1]) - kv_bytes + embedding.nbytes
         self.last_has_experts = bool(sparse)
         self.weights_s = self.kv_s = self.prefill_s = self.linear_s = 0.0
         self.num_decode_steps = self.num_prefill_steps = 0

@@ -1,9 +1,7 @@
 """The engine on a CUDA GPU, against transformers on the same GPU."""
 
-import gc
 import importlib.util
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -131,16 +129,6 @@ def assert_equal_tokens(
     found = compare_tokens(reference, prompts, outputs)
     assert found.num_others == 0
     return found.num_positions, found.num_near_ties
-
-
-@pytest.fixture
-def clean_gpu() -> Iterator[None]:
-    """Nothing of an earlier test on the GPU."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
@@ -396,8 +384,9 @@ def test_a_stop_id_seen_late_ends_the_request_there(prompts: list[list[int]]) ->
     ],
     ids=str,
 )
+@pytest.mark.parametrize("quantization", ["auto", "fp8"])
 def test_nothing_is_compiled_after_start_up(
-    checkpoint: CheckpointFactory, max_num_seqs: int, spec: ModelSpec
+    checkpoint: CheckpointFactory, max_num_seqs: int, spec: ModelSpec, quantization: str
 ) -> None:
     """Whatever lengths and numbers of sequences come: the first run is as fast as the second."""
     from triton import knobs
@@ -409,7 +398,7 @@ def test_nothing_is_compiled_after_start_up(
 
     model = checkpoint(replace(spec, max_position_embeddings=4096))
     options = {"max_num_seqs": max_num_seqs, "gpu_memory_utilization": 0.15}
-    with LLM(str(model), dtype="bfloat16", **options) as llm:
+    with LLM(str(model), dtype="bfloat16", quantization=quantization, **options) as llm:
         knobs.compilation.listener = listen
         try:
             few = [[1], [1, 2, 3], [65] * 5, [130], [200], [17] * 99]

@@ -23,7 +23,7 @@ from nanovllm.layers.linear import Linear
 from nanovllm.layers.logprobs import ROWS_AT_A_TIME
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.products import first_sizes
-from nanovllm.layers.stored_weight import StoredWeight, pack
+from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
@@ -143,7 +143,7 @@ class ModelRunner:
         self.synchronize()
         with own_modes(self.device, inference=False):
             self.model.unpack()
-            load_weights(self.model, model_dir, self._shapes, self.group, pack)
+            load_weights(self.model, model_dir, self._shapes, self.group)
             self.model.pack()
 
     def new_seed(self) -> int:
@@ -185,7 +185,7 @@ class ModelRunner:
             if config.load_format == "dummy":
                 fill_random(model)
             else:
-                load_weights(model, config.model_dir, self._shapes, self.group, pack)
+                load_weights(model, config.model_dir, self._shapes, self.group)
             model.pack()
         fp8 = [m for m in model.modules() if isinstance(m, StoredWeight) and m.is_fp8]
         if other := sum(module.scales is None for module in fp8):

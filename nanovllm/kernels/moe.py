@@ -22,7 +22,7 @@ from nanovllm.kernels.device import has_tma, shared_memory
 from nanovllm.kernels.fp8_linear import quantize_rows
 from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
-from nanovllm.utils.quantization import BLOCK, Fp8Weight, Target
+from nanovllm.utils.quantization import BLOCK, Fp8Weight, Stored
 
 
 class Buckets(NamedTuple):
@@ -215,8 +215,8 @@ def few_tokens_experts(
     x: Tensor,
     norm_weight: Tensor,
     eps: float,
-    gate_up: Target,
-    down: Target,
+    gate_up: Stored,
+    down: Stored,
     weights: Tensor,
     chosen: Tensor,
     residual: Tensor | None,
@@ -424,8 +424,8 @@ def _combine_kernel(
 
 def grouped_experts(
     x: Tensor,
-    gate_up: Target,
-    down: Target,
+    gate_up: Stored,
+    down: Stored,
     logits: Tensor,
     num_chosen: int,
     renormalized: bool,
@@ -465,7 +465,7 @@ def grouped_experts(
     return out
 
 
-def _parts(weight: Target) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+def _parts(weight: Stored) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
     """Values, scales and what shares one of a stack of matrices, which may be FP8."""
     if isinstance(weight, Fp8Weight):
         assert weight.values.is_contiguous() and weight.scales.is_contiguous()
@@ -476,7 +476,7 @@ def _parts(weight: Target) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
 
 def _grouped_product(
     x: Tensor,
-    weight: Target,
+    weight: Stored,
     weights: Tensor | None,
     buckets: Buckets,
     out: Tensor,

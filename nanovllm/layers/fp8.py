@@ -6,6 +6,7 @@ a tensor core multiplies those twice as fast.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.layers.products import LinearInputs, ProductTable, plain
+from nanovllm.layers.products import LinearInputs, ProductTable, is_small, plain
 from nanovllm.utils.quantization import BLOCK, E4M3, E4M3_MAX, Fp8Rows, Fp8Weight
 
 # Up to how many tokens each of our kernels is the fastest, or the least rounding. On an H100.
@@ -99,23 +100,28 @@ def _quantized(inputs: LinearInputs, step: int = 1) -> Fp8Rows:
     return fp8_linear.quantize_rows(x, norm_weight, eps, step)
 
 
-def is_multiplied(weight: Fp8Weight, dtype: torch.dtype) -> bool:
-    """True if there are kernels that multiply tokens of a dtype with a weight, or a stack of them.
+def is_kept(
+    shape: Sequence[int], block: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """True if a weight of FP8 numbers is kept as such; else it is dequantised while it is loaded.
 
-    The blocks of rows and inputs that share a scale must not be too small: see Fp8Weight.empty.
+    That is where there are kernels for tokens of the dtype, and they are faster, as they are not in
+    small layers.
+
+    Args:
+        shape: of a matrix, or a stack of them.
+        block: the rows and the inputs that share a scale.
     """
-    rows, inputs = weight.block
-    least = 32 if weight.values.dim() == 3 else BLOCK
-    is_large = rows % 64 == 0 and inputs >= least
-    return kernels.multiplies_fp8(weight.values.device) and dtype.itemsize == 2 and is_large
+    is_stack = len(shape) == 3
+    is_large = is_stack or not is_small(shape)
+    has_kernels = block[0] % 64 == 0 and block[1] >= (32 if is_stack else BLOCK)
+    return kernels.multiplies_fp8(device) and dtype.itemsize == 2 and is_large and has_kernels
 
 
-def fp8_table(
-    weight: Fp8Weight, dtype: torch.dtype, is_gated: bool = False, has_bias: bool = False
-) -> ProductTable:
-    """As products.product_table, of a layer whose weight is FP8 and whose tokens are of `dtype`."""
+def fp8_table(weight: Fp8Weight, is_gated: bool = False, has_bias: bool = False) -> ProductTable:
+    """As products.product_table, of a layer whose weight is FP8."""
     scales, device = weight.scales, weight.values.device
-    if not is_multiplied(weight, dtype) or (is_gated and has_bias):
+    if not kernels.multiplies_fp8(device) or (is_gated and has_bias):
         return {math.inf: partial(dequantized, scales=scales)}
     from nanovllm.kernels.small_linear import small_linear_counters
 

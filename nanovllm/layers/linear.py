@@ -40,18 +40,18 @@ class Linear(StoredWeight):
     def _product_table(self) -> ProductTable:
         if self.scales is not None:
             weight = Fp8Weight(self.weight, self.scales)
-            return fp8_table(weight, self.dtype, self.is_gated, self.bias is not None)
+            return fp8_table(weight, self.is_gated, self.bias is not None)
         return product_table(self.weight, self.is_gated, self.is_head, self.bias is not None)
 
     def pack(self) -> None:
-        super().pack()
+        """Keep the weight, now that it is filled, as this machine multiplies fastest."""
         if self.scales is None and not self.weight.is_mkldnn:
             packed = pack(self.weight)
             if packed is not self.weight:
                 self.replace(packed)
 
     def unpack(self) -> None:
-        super().unpack()
+        """Have plain memory for the weight again, to be filled."""
         if self.weight.is_mkldnn:
             shape, dtype = self.weight.shape, self.weight.dtype
             self.replace(torch.empty(shape, dtype=dtype, device=self.weight.device))

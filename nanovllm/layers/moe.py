@@ -19,7 +19,7 @@ from nanovllm.layers.linear import Linear
 from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.parallel import RankGroup
-from nanovllm.utils.quantization import Target, matrices
+from nanovllm.utils.quantization import Target, matrices, own_targets
 
 # Up to how many tokens each reads the weights of its own experts, on a GPU. Measured on an H100.
 MOST_FEW = 1
@@ -89,7 +89,7 @@ class ExpertWeights(nn.Module):
 
     def shards(self) -> Iterator[tuple[str, Target]]:
         """("experts.0.gate_proj.weight", its part of gate_up) and so on."""
-        stacks = self.gate_up.stored, self.down.stored
+        stacks = own_targets(self.gate_up)["weight"], own_targets(self.down)["weight"]
         for expert, (gate_up, down) in enumerate(zip(*map(matrices, stacks), strict=True)):
             gate, up = gate_up.split([gate_up.shape[0] // 2] * 2)
             yield f"experts.{expert}.gate_proj.weight", gate

@@ -5,7 +5,7 @@ many launches that makes. `product_table` is the one place that tells which of t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -176,12 +176,16 @@ def product_table(
     return table | {math.inf: plain}
 
 
+def is_small(shape: Sequence[int]) -> bool:
+    """True for layers like Qwen3-0.6B's, or a quarter of Qwen3-8B's q, k and v."""
+    return min(shape) <= 1536 and math.prod(shape) <= 6144 * 1024
+
+
 def _most_small(weight: Tensor, is_gated: bool, is_head: bool, was_measured: bool) -> int:
     """Up to how many tokens small_linear is faster than cuBLAS.
 
-    MAX_TOKENS in layers as small as those of Qwen3-0.6B, or a quarter of Qwen3-8B's q, k and v:
-    there a launch that overlaps with the ones before and after it is worth more than cuBLAS's
-    better loop. Twice FEW_TOKENS in gated ones
+    MAX_TOKENS in small layers: there a launch that overlaps with the ones before and after it is
+    worth more than cuBLAS's better loop. Twice FEW_TOKENS in gated ones
     whose programs all run at once, since SiLU * up needs no launch of its own. Where nothing was
     measured FEW_TOKENS, but for the head: none.
     """
@@ -189,7 +193,7 @@ def _most_small(weight: Tensor, is_gated: bool, is_head: bool, was_measured: boo
 
     if is_head or not was_measured:
         return 0 if is_head and not was_measured else FEW_TOKENS
-    if min(weight.shape) <= 1536 and weight.numel() <= 6144 * 1024:
+    if is_small(weight.shape):
         return MAX_TOKENS
     num_programs = -(-len(weight) // 2 // 64) * 2  # of 64 tokens and 64 outputs
     at_once = is_gated and num_programs <= 3 * H100_SMS  # three fit an SM

@@ -1,14 +1,14 @@
-"""StoredWeight: a weight as it is loaded, and as it is kept afterwards."""
+"""StoredWeight: a weight that is kept as it is in the model's dtype, or as FP8."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanovllm.layers.fp8 import is_multiplied
+from nanovllm.layers.fp8 import is_kept
 from nanovllm.model_config import Quantization
 from nanovllm.utils.loader import targets_by_module
-from nanovllm.utils.quantization import Fp8Weight, Target
+from nanovllm.utils.quantization import Fp8Weight, Stored
 
 ROUTER = ".mlp.gate"  # how the name of a layer's router ends
 
@@ -18,7 +18,7 @@ class StoredWeight(nn.Module):
 
     Args:
         shape: of the weight.
-        **options: device and dtype; once it is quantised, of what it stands for.
+        **options: its device and dtype, unless it is kept as FP8.
     """
 
     def __init__(self, *shape: int, **options: Any) -> None:
@@ -26,7 +26,6 @@ class StoredWeight(nn.Module):
         self.scales: Tensor | None
         self.weight = nn.Parameter(torch.empty(shape, **options), requires_grad=False)
         self.register_parameter("scales", None)
-        self.dtype = self.weight.dtype
         self.is_fp8 = False
 
     @property
@@ -35,41 +34,25 @@ class StoredWeight(nn.Module):
         return self.weight.size(-2)
 
     @property
-    def stored(self) -> Target:
+    def stored(self) -> Stored:
         """The weight, with its scales if it is FP8."""
         return self.weight if self.scales is None else Fp8Weight(self.weight, self.scales)
 
     def quantize(self) -> None:
-        """Have FP8 memory for it, to be filled."""
+        """Be filled with FP8 numbers, kept as such or dequantised: see layers.fp8.is_kept."""
         self.is_fp8 = True
         shape, device = self.weight.shape, self.weight.device
-        self.replace(*Fp8Weight.empty(*shape, row_step=self.row_step, device=device))
-
-    def pack(self) -> None:
-        """Keep it, now that it is filled, as this machine multiplies fastest."""
-        stored = self.stored
-        if isinstance(stored, Fp8Weight) and not is_multiplied(stored, self.dtype):
-            self.replace(stored.dequantized(self.dtype))
-
-    def unpack(self) -> None:
-        """Have memory for it again, to be filled."""
-        if self.is_fp8 and self.scales is None:
-            self.quantize()
+        block = Fp8Weight.block_of(shape, self.row_step)
+        if is_kept(shape, block, self.weight.dtype, device):
+            self.replace(*Fp8Weight.empty(*shape, row_step=self.row_step, device=device))
 
     def replace(self, weight: Tensor, scales: Tensor | None = None) -> None:
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
 
 
-def pack(module: nn.Module) -> None:
-    """Pack each weight in a module, and let those alone that are packed."""
-    for part in module.modules():
-        if isinstance(part, StoredWeight):
-            part.pack()
-
-
 def quantize(layer: nn.Module, name: str, quantization: Quantization) -> None:
-    """Have quantised memory for the weights of a layer, but for its router's and those kept.
+    """Quantise the weights of a layer, but for its router's and those kept.
 
     Args:
         name: of the layer in a checkpoint.
@@ -84,7 +67,7 @@ def quantize(layer: nn.Module, name: str, quantization: Quantization) -> None:
         if weights and kept and kept != names:
             raise ValueError(
                 f"modules_to_not_convert names {min(kept)} but not {min(names - kept)}, which is "
-                "one product with it: that is not implemented"
+                "merged with it: that is not implemented"
             )
         for weight in weights if not kept else ():
             weight.quantize()

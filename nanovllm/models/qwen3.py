@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from nanovllm.layers.attention import Attention, Backend
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import GatedLinear, MergedLinear, RowParallelLinear
+from nanovllm.layers.linear import GatedLinear, Linear, MergedLinear, RowParallelLinear
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.layers.stored_weight import StoredWeight, quantize
+from nanovllm.layers.stored_weight import quantize
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.context import Context
 from nanovllm.utils.parallel import RankGroup
@@ -191,22 +191,22 @@ class Qwen3ForCausalLM(nn.Module):
         self.unpack()
 
     def pack(self) -> None:
-        """To be called when all parameters are filled: see StoredWeight.pack.
+        """To be called when all parameters are filled: see Linear.pack.
 
         A tied embedding stays as it is, since its rows are looked up, beside the packed head.
         """
-        for module in self._stored_weights():
-            module.pack()
+        for linear in self._linears():
+            linear.pack()
 
     def unpack(self) -> None:
         """To be called before parameters are filled."""
-        for module in self._stored_weights():
-            module.unpack()
+        for linear in self._linears():
+            linear.unpack()
         if self.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def _stored_weights(self) -> Iterator[StoredWeight]:
-        return (module for module in self.modules() if isinstance(module, StoredWeight))
+    def _linears(self) -> Iterator[Linear]:
+        return (module for module in self.modules() if isinstance(module, Linear))
 
     def forward(self, x: Tensor, context: Context, out: Tensor | None = None) -> Tensor:
         """Logits of the positions that `context.logit_rows` names.

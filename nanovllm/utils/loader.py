@@ -1,6 +1,6 @@
 """Find a checkpoint and fill a model's parameters from it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +15,6 @@ from nanovllm.utils.quantization import (
     E4M3,
     E4M3_MAX,
     SCALES_SUFFIX,
-    Fp8Weight,
     Target,
     num_blocks,
     own_targets,
@@ -136,12 +135,12 @@ def checkpoint_shapes(model: nn.Module, is_fp8: bool = False) -> dict[str, torch
     """The shape of every tensor that a checkpoint must hold, by its name there.
 
     Args:
-        is_fp8: the checkpoint holds the model's FP8 weights as such.
+        is_fp8: the checkpoint holds as FP8 what the model is to have as such, or dequantised.
     """
     shapes = {}
     for name, target in checkpoint_targets(model).items():
         shapes[name] = target.shape
-        if is_fp8 and isinstance(target, Fp8Weight):
+        if is_fp8 and not isinstance(target, Tensor):
             shapes[name + SCALES_SUFFIX] = torch.Size(map(num_blocks, target.shape))
     return shapes
 
@@ -171,12 +170,13 @@ def check_checkpoint(shapes: dict[str, torch.Size], is_tied: bool, model_dir: Pa
             kind = tensor.get_dtype()
             if is_fp8 and kind != "F8_E4M3":
                 raise ValueError(
-                    f"{model_dir}: tensor {name!r} is {kind}, the configuration asks for F8_E4M3"
+                    f"{model_dir}: tensor {name!r} is {kind}, quantization_config in config.json "
+                    "asks for F8_E4M3; without it, quantization='fp8' quantises plain weights"
                 )
             if not is_fp8 and kind not in ("F16", "F32", "F64", "BF16"):
                 raise ValueError(
                     f"{model_dir}: tensor {name!r} is {kind}; quantised checkpoints are not "
-                    "implemented, but for FP8 weights that the configuration says to be so"
+                    "implemented, but for FP8 weights that quantization_config says to be so"
                 )
             if list(tensor.get_shape()) != list(shapes[name]):
                 raise ValueError(
@@ -197,7 +197,7 @@ def _why(name: str) -> str:
     if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
         return "; experts are to be saved one by one, as save_pretrained does by itself"
     if name.endswith(SCALES_SUFFIX):
-        return ", which scales a weight that the configuration does not say to be quantised"
+        return ", which scales a weight that quantization_config does not say to be quantised"
     return ""
 
 
@@ -206,7 +206,6 @@ def load_weights(
     model_dir: Path,
     shapes: dict[str, torch.Size] | None = None,
     group: RankGroup | None = None,
-    on_filled: Callable[[nn.Module], object] = lambda module: None,
 ) -> None:
     """Fill all of a model's parameters from the safetensors in a directory.
 
@@ -216,7 +215,6 @@ def load_weights(
     Args:
         shapes: the checkpoint's, where the model is one rank's part of it; None: the model's own.
         group: of the ranks that share it: of each tensor only the rank's part is read.
-        on_filled: told of each module once all of its parameters are filled.
 
     Raises:
         ValueError: as check_checkpoint, and then nothing has been changed; or tied weights that
@@ -225,20 +223,14 @@ def load_weights(
     group = RankGroup() if group is None else group
     is_tied = bool(getattr(model, "tie_word_embeddings", False))
     check_checkpoint(checkpoint_shapes(model) if shapes is None else shapes, is_tied, model_dir)
-    device = next(model.parameters()).device
-    targets: dict[str, Target] = {}
-    left: dict[str, tuple[nn.Module, set[str]]] = {}  # of each module, what is not yet filled
-    for module, pairs in targets_by_module(model):
-        targets.update(pairs)
-        names = {name for name, _ in pairs}
-        left.update(dict.fromkeys(names, (module, names)))
+    targets = checkpoint_targets(model)
     filled: set[str] = set()
-    with _opened(model_dir, device) as files:
+    with _opened(model_dir, next(model.parameters()).device) as files:
         for name in files:
             if name not in targets:
                 continue  # another rank's, or scales, which are read with their weight
-            target = targets.pop(name)
-            if isinstance(target, Fp8Weight):
+            target = targets[name]
+            if not isinstance(target, Tensor):
                 target.fill(*_read_fp8(files, name, target.shape, group))
             else:
                 whole = files[name].get_slice(name).get_shape()
@@ -251,10 +243,6 @@ def load_weights(
                     )
                 target.data.copy_(tensor)
             filled.add(name)
-            module, names = left.pop(name)
-            names.discard(name)
-            if not names:
-                on_filled(module)
 
 
 def _place(whole: list[int], shape: torch.Size, group: RankGroup) -> tuple[slice, ...]:
@@ -367,7 +355,8 @@ def fill_random(model: nn.Module, seed: int = 0) -> None:
             if parameter.dtype == E4M3:
                 for matrix in parameter.flatten(0, -2).split(1 << 16):
                     fill(random := torch.empty(matrix.shape, device=device))
-                    matrix.copy_(random.div_(FP8_SCALE).clamp_(-E4M3_MAX, E4M3_MAX))
+                    # Larger ones, one of 200,000, are NaN in e4m3 unless torch saturates.
+                    matrix.copy_((random / FP8_SCALE).clamp_(-E4M3_MAX, E4M3_MAX))
             elif name.endswith("scales"):
                 parameter.fill_(FP8_SCALE)
             elif parameter.dim() > 1:
