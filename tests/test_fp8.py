@@ -1002,7 +1002,7 @@ def test_tokens_are_mostly_those_of_an_engine_of_the_dequantised_weights(
     wanted = [token for output in expected for token in output]
     num_equal = sum(a == b for a, b in zip(found, wanted, strict=True))
     tally.count(f"GPU FP8 {spec.kind}: of {len(wanted)} tokens those of bf16", num_equal)
-    assert num_equal > 0.95 * len(wanted)
+    assert num_equal > 0.75 * len(wanted)
 
 
 @on_gpu

@@ -19,9 +19,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.device import has_tma, shared_memory
-from nanovllm.kernels.fp8_linear import quantize_rows
+from nanovllm.kernels.fp8_rows import quantize_rows
 from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
+from nanovllm.kernels.small_linear import add_product
 from nanovllm.utils.quantization import BLOCK, Fp8Weight, Stored
 
 
@@ -308,19 +309,6 @@ def grouped_plan(tokens: int, gated: bool, shared_bytes: int) -> GroupedPlan:
     return plan._replace(num_stages=min(plan.num_stages, fit))
 
 
-@triton.jit
-def _add_product(
-    acc, v, w, scales, row, start, shares, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCALED_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """acc + v @ w.T, with the weight's tile from `row` and input `start` on; shares: v's scales."""
-    if scales is None:
-        return tl.dot(v, w.T, acc, input_precision=PRECISION)
-    else:
-        factor = tl.load(scales + row // SCALED_ROWS * (K // BLOCK_K) + start // BLOCK_K)
-        return acc + tl.dot(v, w.to(v.dtype).T, input_precision=PRECISION) * (factor * shares)
-
-
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _grouped_kernel(
     x, x_scales, weight, scales, weights, counts, pairs, out, num_tokens, num_rows,
@@ -378,7 +366,7 @@ def _grouped_kernel(
                 own_scales = x_scales + start // BLOCK_K * num_rows + own // DIVISOR
                 shares = tl.load(own_scales, mask=row_mask, other=0.0)[:, None]
             row = first_row
-            acc = _add_product(
+            acc = add_product(
                 acc, v, w, scales, row, start, shares, K, BLOCK_K, SCALED_ROWS, PRECISION
             )
             if GATED:
@@ -387,7 +375,7 @@ def _grouped_kernel(
                     w = weight.load([row, start])
                 else:
                     w = tl.load(matrix + N * K + inner, mask=mask, other=0.0)
-                up = _add_product(
+                up = add_product(
                     up, v, w, scales, row, start, shares, K, BLOCK_K, SCALED_ROWS, PRECISION
                 )
         dtype: tl.constexpr = out.dtype.element_ty

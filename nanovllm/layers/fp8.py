@@ -17,9 +17,6 @@ from nanovllm import kernels
 from nanovllm.layers.products import LinearInputs, ProductTable, is_small, plain
 from nanovllm.utils.quantization import BLOCK, E4M3, E4M3_MAX, Fp8Rows, Fp8Weight
 
-# Up to how many tokens each of our kernels is the fastest, or the least rounding. On an H100.
-MOST_FEW, MOST_CONVERTED, MOST_OWN = 1, 16, 128
-
 
 def quantize_rows(x: Tensor) -> Fp8Rows:
     """Tokens [num_tokens, size] as FP8, each 128 numbers with the scale that makes the largest 448.
@@ -52,20 +49,21 @@ def few_tokens(inputs: LinearInputs, scales: Tensor) -> Tensor:
 
 def converted(inputs: LinearInputs, scales: Tensor, counters: Tensor) -> Tensor:
     """The norm's launch and another; counters: from kernels.small_linear."""
-    from nanovllm.kernels.small_linear import small_linear
-
-    _, weight, act, bias, _, residual, out = inputs
-    how = residual, act is not None, out, scales
-    return small_linear(inputs.normed(), weight, bias, counters, *how)
+    return _small_linear(inputs.normed(), inputs, scales, counters)
 
 
 def own_fp8(inputs: LinearInputs, scales: Tensor, counters: Tensor) -> Tensor:
-    """Two launches; counters: as for `converted`."""
-    from nanovllm.kernels.fp8_linear import fp8_linear
+    """Likewise two launches."""
+    return _small_linear(_quantized(inputs), inputs, scales, counters)
+
+
+def _small_linear(
+    x: Tensor | Fp8Rows, inputs: LinearInputs, scales: Tensor, counters: Tensor
+) -> Tensor:
+    from nanovllm.kernels.small_linear import small_linear
 
     _, weight, act, bias, _, residual, out = inputs
-    how = bias, counters, residual, act is not None, out
-    return fp8_linear(_quantized(inputs), Fp8Weight(weight, scales), *how)
+    return small_linear(x, weight, bias, counters, residual, act is not None, out, scales)
 
 
 def torch_fp8(inputs: LinearInputs, scales: Tensor) -> Tensor | Fp8Rows:
@@ -73,7 +71,7 @@ def torch_fp8(inputs: LinearInputs, scales: Tensor) -> Tensor | Fp8Rows:
 
     What a gated layer gives is FP8, since it goes into another product.
     """
-    from nanovllm.kernels.fp8_linear import silu_and_quantize
+    from nanovllm.kernels.fp8_rows import silu_and_quantize
 
     x, weight, act, bias, _, residual, out = inputs
     rows = _quantized(inputs, step=16)  # the product wants no other number of them
@@ -91,13 +89,13 @@ def torch_fp8(inputs: LinearInputs, scales: Tensor) -> Tensor | Fp8Rows:
 
 def _quantized(inputs: LinearInputs, step: int = 1) -> Fp8Rows:
     """The tokens after their norm, the rows rounded up to a multiple of step."""
-    from nanovllm.kernels import fp8_linear
+    from nanovllm.kernels.fp8_rows import quantize_rows
 
     x, norm = inputs.x, inputs.norm
     if isinstance(x, Fp8Rows):
         return x
     norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    return fp8_linear.quantize_rows(x, norm_weight, eps, step)
+    return quantize_rows(x, norm_weight, eps, step)
 
 
 def is_kept(
@@ -119,19 +117,28 @@ def is_kept(
 
 
 def fp8_table(weight: Fp8Weight, is_gated: bool = False, has_bias: bool = False) -> ProductTable:
-    """As products.product_table, of a layer whose weight is FP8."""
+    """As products.product_table, of a layer whose weight is FP8.
+
+    To round tokens would be faster from 2 on; up to 16 the products that do not are near enough.
+    """
     scales, device = weight.scales, weight.values.device
     if not kernels.multiplies_fp8(device) or (is_gated and has_bias):
         return {math.inf: partial(dequantized, scales=scales)}
     from nanovllm.kernels.small_linear import small_linear_counters
 
     counters = small_linear_counters(weight.shape[0], device)
-    table: ProductTable = {MOST_FEW: partial(few_tokens, scales=scales)}
-    table[MOST_CONVERTED] = partial(converted, scales=scales, counters=counters)
     own = partial(own_fp8, scales=scales, counters=counters)
-    if not _has_torch_fp8(weight):
-        return table | {64: own, MOST_OWN: own, math.inf: own}
-    return table | {64: own, MOST_OWN: own, math.inf: partial(torch_fp8, scales=scales)}
+    most: ProductTable = {math.inf: own}
+    if _has_torch_fp8(weight):
+        most = {256: own} if not is_gated else {}
+        most[math.inf] = partial(torch_fp8, scales=scales)
+    return {
+        1: partial(few_tokens, scales=scales),
+        16: partial(converted, scales=scales, counters=counters),
+        64: own,
+        128: own,
+        **most,
+    }
 
 
 def _has_torch_fp8(weight: Fp8Weight) -> bool:

@@ -170,7 +170,7 @@ def quantize(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     largest = blocks.abs().amax(dim=(1, 3))
     if not largest.isfinite().all():
         raise ValueError(f"tensor {name!r} holds infinite numbers or NaN, which FP8 weights cannot")
-    scales = largest / E4M3_MAX
+    scales = largest / torch.full_like(largest, E4M3_MAX)  # by a number, a GPU divides inexactly
     divisors = scales.masked_fill(scales == 0, 1.0)
     values = (blocks / divisors[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return values.flatten(2, 3).flatten(0, 1)[:num_rows, :input_size], scales
