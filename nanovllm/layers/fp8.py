@@ -116,8 +116,10 @@ def is_kept(
     return kernels.multiplies_fp8(device) and dtype.itemsize == 2 and is_large and has_kernels
 
 
-def fp8_table(weight: Fp8Weight, is_gated: bool = False, has_bias: bool = False) -> ProductTable:
-    """As products.product_table, of a layer whose weight is FP8.
+def fp8_table(
+    weight: Fp8Weight, dtype: torch.dtype, is_gated: bool = False, has_bias: bool = False
+) -> ProductTable:
+    """As products.product_table, of a layer whose weight is FP8, for tokens of a dtype.
 
     To round tokens would be faster from 2 on; up to 16 the products that do not are near enough.
     """
@@ -129,7 +131,7 @@ def fp8_table(weight: Fp8Weight, is_gated: bool = False, has_bias: bool = False)
     counters = small_linear_counters(weight.shape[0], device)
     own = partial(own_fp8, scales=scales, counters=counters)
     most: ProductTable = {math.inf: own}
-    if _has_torch_fp8(weight):
+    if dtype == torch.bfloat16 and _has_torch_fp8(weight):
         most = {256: own} if not is_gated else {}
         most[math.inf] = partial(torch_fp8, scales=scales)
     return {

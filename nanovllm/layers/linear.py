@@ -40,7 +40,7 @@ class Linear(StoredWeight):
     def _product_table(self) -> ProductTable:
         if self.scales is not None:
             weight = Fp8Weight(self.weight, self.scales)
-            return fp8_table(weight, self.is_gated, self.bias is not None)
+            return fp8_table(weight, self.dtype, self.is_gated, self.bias is not None)
         return product_table(self.weight, self.is_gated, self.is_head, self.bias is not None)
 
     def pack(self) -> None:

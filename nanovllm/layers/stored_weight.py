@@ -18,7 +18,7 @@ class StoredWeight(nn.Module):
 
     Args:
         shape: of the weight.
-        **options: its device and dtype, unless it is kept as FP8.
+        **options: its device and dtype; of a weight that is kept as FP8, what it stands for.
     """
 
     def __init__(self, *shape: int, **options: Any) -> None:
@@ -26,6 +26,7 @@ class StoredWeight(nn.Module):
         self.scales: Tensor | None
         self.weight = nn.Parameter(torch.empty(shape, **options), requires_grad=False)
         self.register_parameter("scales", None)
+        self.dtype = self.weight.dtype
         self.is_fp8 = False
 
     @property
@@ -43,7 +44,7 @@ class StoredWeight(nn.Module):
         self.is_fp8 = True
         shape, device = self.weight.shape, self.weight.device
         block = Fp8Weight.block_of(shape, self.row_step)
-        if is_kept(shape, block, self.weight.dtype, device):
+        if is_kept(shape, block, self.dtype, device):
             self.replace(*Fp8Weight.empty(*shape, row_step=self.row_step, device=device))
 
     def replace(self, weight: Tensor, scales: Tensor | None = None) -> None:
