@@ -157,6 +157,7 @@ def test_greedy_tokens_equal_transformers(
 
 
 EXPERTS = (("num_experts", 16), ("num_experts_per_tok", 4), ("moe_intermediate_size", 96))
+EXPERTS_BUT_IN_ONE = ModelSpec("Qwen3Moe", num_layers=3, more=(*EXPERTS, ("mlp_only_layers", (1,))))
 YARN = (("rope_type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 128))
 LLAMA3 = (
     *(("rope_type", "llama3"), ("factor", 8.0), ("original_max_position_embeddings", 128)),
@@ -164,7 +165,7 @@ LLAMA3 = (
 )
 RELATIVES = [
     ModelSpec("Qwen3Moe", num_layers=3, more=(*EXPERTS, ("norm_topk_prob", True))),
-    ModelSpec("Qwen3Moe", num_layers=3, more=(*EXPERTS, ("mlp_only_layers", (1,)))),
+    EXPERTS_BUT_IN_ONE,
     ModelSpec("Qwen3", rope=YARN),
     ModelSpec("Llama", rope=LLAMA3, attention_bias=True, more=(("mlp_bias", True),), tied=True),
     ModelSpec("Mistral", num_kv_heads=4),
@@ -387,17 +388,18 @@ def test_a_stop_id_seen_late_ends_the_request_there(prompts: list[list[int]]) ->
 
 
 @pytest.mark.parametrize(
-    ("max_num_seqs", "spec"),
+    ("max_num_seqs", "spec", "cache"),
     [
-        (1, ModelSpec()),
-        (100, ModelSpec()),
-        (100, ModelSpec(head_dim=128)),
-        (100, ModelSpec("Qwen3Moe", num_layers=3, more=(*EXPERTS, ("mlp_only_layers", (1,))))),
+        (1, ModelSpec(), "auto"),
+        (100, ModelSpec(), "auto"),
+        (100, ModelSpec(head_dim=128), "auto"),
+        (100, ModelSpec(head_dim=128), "fp8"),
+        (100, EXPERTS_BUT_IN_ONE, "auto"),
     ],
     ids=str,
 )
 def test_nothing_is_compiled_after_start_up(
-    checkpoint: CheckpointFactory, max_num_seqs: int, spec: ModelSpec
+    checkpoint: CheckpointFactory, max_num_seqs: int, spec: ModelSpec, cache: str
 ) -> None:
     """Whatever lengths and numbers of sequences come: the first run is as fast as the second."""
     from triton import knobs
@@ -409,7 +411,7 @@ def test_nothing_is_compiled_after_start_up(
 
     model = checkpoint(replace(spec, max_position_embeddings=4096))
     options = {"max_num_seqs": max_num_seqs, "gpu_memory_utilization": 0.15}
-    with LLM(str(model), dtype="bfloat16", **options) as llm:
+    with LLM(str(model), dtype="bfloat16", kv_cache_dtype=cache, **options) as llm:
         knobs.compilation.listener = listen
         try:
             few = [[1], [1, 2, 3], [65] * 5, [130], [200], [17] * 99]

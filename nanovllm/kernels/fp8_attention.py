@@ -1,4 +1,4 @@
-"""Attention to an FP8 cache: the loop over tiles of keys that decode and prefill share.
+"""Attention to an FP8 cache: a decode reads it, for a prefill K and V are gathered.
 
 See nanovllm.kernels.attention, whose kernels call it. Two columns of K and V are a pair of bytes,
 and a tile of pairs becomes two tiles of columns, the even ones and the odd ones: so queries and
@@ -11,12 +11,16 @@ scale's exponent, by which the largest weight with its scale is 1.
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.kv_quantization import power_of_two, unpack_pairs
+from nanovllm.kernels.kv_quantization import power_of_two, unpack, unpack_pairs
+from nanovllm.kernels.launch import launch
 from nanovllm.kernels.paging import key_slots
 
 # Exponents beyond count as these: float32 holds weights of up to 2^30 without their scale.
 MOST_SHIFT = tl.constexpr(30.0)
+GATHERED_ROWS = 64  # a program
 
 
 @triton.jit
@@ -94,3 +98,78 @@ def fp8_output(even, odd, total, CONVERSION: tl.constexpr) -> tl.tensor:
     unit: tl.constexpr = 1.0 if CONVERSION == "hardware" else 256.0
     out = tl.reshape(tl.join(even, odd), [even.shape[0], 2 * even.shape[1]])
     return out * (unit / total)[:, None]
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _gather_kernel(
+    k_cache, v_cache, k_scales, v_scales, key, value, block_tables, cu_seqlens_k, table_stride,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for ROWS rows, each a head of a key, of a sequence."""
+    seq = tl.program_id(1)
+    first = tl.program_id(0) * ROWS
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    start = tl.load(cu_seqlens_k + seq)
+    num_rows = (tl.load(cu_seqlens_k + seq + 1) - start) * NUM_KV_HEADS
+    if first < num_rows:
+        rows = first + tl.arange(0, ROWS)
+        in_range = rows < num_rows
+        positions = rows // NUM_KV_HEADS
+        table = block_tables + seq.to(tl.int64) * table_stride
+        blocks = tl.load(table + positions // BLOCK_SIZE, mask=in_range, other=0)
+        slots = blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+        sources = slots * NUM_KV_HEADS + rows % NUM_KV_HEADS
+        targets = start.to(tl.int64) * NUM_KV_HEADS + rows
+        _dequantize(k_cache, k_scales, key, sources, targets, in_range, HEAD_DIM, BLOCK_D)
+        _dequantize(v_cache, v_scales, value, sources, targets, in_range, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _dequantize(
+    cache, scales, out, sources, targets, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Rows `sources` of a cache, to rows `targets` of out."""
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    mask = in_range[:, None] & (dims < HEAD_DIM)
+    stored = tl.load(cache + sources[:, None] * HEAD_DIM + dims, mask=mask, other=0)
+    factor = power_of_two(tl.load(scales + sources, mask=in_range, other=0).to(tl.int32))
+    numbers = unpack(stored.to(tl.int32)) * 2.0**120 * factor[:, None]
+    tl.store(out + targets[:, None] * HEAD_DIM + dims, numbers, mask=mask)
+
+
+def gather(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_k: Tensor,
+    max_key_len: int,
+    key: Tensor,
+    value: Tensor,
+) -> None:
+    """What an FP8 cache holds of sequences, to rows in a row.
+
+    Twin: dequantize of nanovllm.layers.kv_quantization, of their slots.
+
+    Args:
+        k_cache, v_cache: uint8 [num_blocks, block_size, num_kv_heads, head_dim], contiguous.
+        k_scales, v_scales: uint8 [num_blocks, block_size, num_kv_heads], contiguous.
+        block_tables: int32 [num_seqs, max_blocks].
+        cu_seqlens_k: int32 [num_seqs + 1], running sum of the sequences' keys.
+        max_key_len: the most keys of one sequence.
+        key, value: [num_keys, num_kv_heads, head_dim], contiguous, are written.
+    """
+    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    caches = k_cache, v_cache, k_scales, v_scales
+    assert all(x.is_contiguous() for x in (*caches, key, value)) and block_tables.stride(1) == 1
+    num_tiles = triton.cdiv(max_key_len * num_kv_heads, GATHERED_ROWS)
+    launch(
+        _gather_kernel, (num_tiles, len(block_tables)), key,
+        *caches, key, value, block_tables, cu_seqlens_k, block_tables.stride(0),
+        NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, ROWS=GATHERED_ROWS,
+        BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
+    )  # fmt: skip

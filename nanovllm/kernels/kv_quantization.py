@@ -65,7 +65,7 @@ def unpack_pairs(
     if INTERPRETED or dtype == tl.float32:
         pairs = pairs.to(tl.int32)
         factor = 2.0**120 if HARDWARE else 2.0**112
-        return (_unpack(pairs) * factor).to(dtype), (_unpack(pairs >> 8) * factor).to(dtype)
+        return (unpack(pairs) * factor).to(dtype), (unpack(pairs >> 8) * factor).to(dtype)
     elif HARDWARE:
         tl.static_assert(dtype == tl.float16)
         return tl.inline_asm_elementwise(
@@ -112,7 +112,6 @@ def unpack_pairs(
 
 
 @triton.jit
-def _unpack(byte):
-    """The number in the lowest byte, times 2^-120: float32."""
-    number = ((byte & 0x7F) << 20).to(tl.float32, bitcast=True)
-    return tl.where((byte & 0x80) != 0, -number, number)
+def unpack(byte) -> tl.tensor:
+    """The number in the lowest byte of int32, times 2^-120: float32."""
+    return (((byte & 0x80) << 24) | ((byte & 0x7F) << 20)).to(tl.float32, bitcast=True)
