@@ -462,27 +462,11 @@ class Fp8Cache(Cache):
         dequantize(v, v_scales, out=self.v)
 
 
-# How the cache's elements become 16 bits wide, in queries of a dtype. Interpreted, bfloat16 is
-# multiplied in float16 alone.
-CONVERSIONS = (
-    [(dtype, how) for dtype in DTYPES for how in ("bits", "float16", "hardware")]
-    if CUDA
-    else [
-        *((dtype, "bits") for dtype in DTYPES),
-        *((dtype, "hardware") for dtype in (torch.float16, torch.bfloat16)),
-        (torch.bfloat16, "float16"),
-    ]
-)
-if CUDA and torch.cuda.get_device_capability() < (8, 9):
-    CONVERSIONS = [(dtype, how) for dtype, how in CONVERSIONS if how != "hardware"]
-conversions = pytest.mark.parametrize(("dtype", "conversion"), CONVERSIONS, ids=str)
-
-
 @runs_kernels
 @shapes
-@conversions
+@dtypes
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
-def test_fp8_decode(shape: Shape, dtype: torch.dtype, conversion: str) -> None:
+def test_fp8_decode(shape: Shape, dtype: torch.dtype) -> None:
     from nanovllm.kernels import attention
 
     lengths = decode_lengths(shape.block_size)
@@ -495,8 +479,7 @@ def test_fp8_decode(shape: Shape, dtype: torch.dtype, conversion: str) -> None:
         out = torch.full_like(query, math.nan)
         plan = attention.DecodePlan(num_splits, 32, 32) if num_splits else None
         attention.paged_decode(
-            query, *cache.pool, cache.tables, int32(lengths), scale, out, plan=plan,
-            conversion=conversion, **cache.scales,
+            query, *cache.pool, cache.tables, int32(lengths), scale, out, plan=plan, **cache.scales
         )  # fmt: skip
         for row, q, (k, v) in zip(out, query, cache.keys_and_values(), strict=True):
             if len(k):
@@ -579,9 +562,8 @@ def test_fp8_prefill(
 
 
 @runs_kernels
-@pytest.mark.parametrize("conversion", ["bits", "float16"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
-def test_an_fp8_row_that_is_not_finite_stays_so(conversion: str) -> None:
+def test_an_fp8_row_that_is_not_finite_stays_so() -> None:
     """It must not become numbers that look right."""
     from nanovllm.kernels import attention
 
@@ -591,9 +573,8 @@ def test_an_fp8_row_that_is_not_finite_stays_so(conversion: str) -> None:
         cache.scales[f"{name}_scales"].flatten(0, 1)[slot] = 255
         query = randn(2, SHAPES[0].num_heads, SHAPES[0].head_dim, dtype=DTYPES[0])
         out = attention.paged_decode(
-            query, *cache.pool, cache.tables, int32([40, 40]), 1.0, conversion=conversion,
-            **cache.scales,
-        )  # fmt: skip
+            query, *cache.pool, cache.tables, int32([40, 40]), 1.0, **cache.scales
+        )
         assert not out[0].isfinite().any()
         assert out[1].isfinite().all()
 
@@ -1829,7 +1810,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         attention.paged_decode(empty(4, 16, 256), wide, wide, tables, lens, 1.0)
     elif name == "FP8 cache":
         monkeypatch.setattr(attention, "shared_memory", lambda _: shared_bytes)
-        fp8_plans = attention.DECODE_PLANS.values()
+        fp8_plans = attention.FP8_DECODE_PLANS.values()
         plans = {(p.tile, p.num_warps, p.num_stages): p for p in fp8_plans}
         for dtype, head_dim in (
             *((torch.bfloat16, head_dim) for head_dim in (128, 256, 80)),
