@@ -7,6 +7,7 @@ On a CPU, with a runner that believes it has kernels: launches are written down 
 import importlib
 import json
 import pkgutil
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,8 @@ from nanovllm.engine import model_runner
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
 from nanovllm.engine.sequence import Sequence
-from nanovllm.kernels import device, launch
+from nanovllm.kernels import device, fp8_attention, launch
+from nanovllm.layers import fp8_prefill
 from nanovllm.sampling_params import SamplingParams
 
 pytestmark = [
@@ -162,13 +164,18 @@ CASES: list[tuple[Machine, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("machine", "options"), CASES, ids=str)
 def test_what_a_step_launches_was_compiled(
-    machine: Machine, options: dict[str, Any], launched: list[Form], tmp_path: Path
+    machine: Machine,
+    options: dict[str, Any],
+    launched: list[Form],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     head_dim = 128 if machine.backend == "triton" else 32
     model = options.get("model", {})
     runner = make_runner(tmp_path, head_dim, **{"model": {}} | options)
     assert len(runner.model.model.layers) == model.get("num_hidden_layers", 2)
     compiled = set(launched)
+    monkeypatch.setattr(fp8_prefill, "MOST_KEYS", 3000)  # so that some steps are in parts
     assert len(compiled) > 15
     missing: dict[Form, str] = {}
     for name, batch in steps(runner.config):
@@ -176,6 +183,35 @@ def test_what_a_step_launches_was_compiled(
         runner.launch(batch)
         missing |= dict.fromkeys(set(launched) - compiled, name)
     assert not missing
+
+
+@pytest.mark.parametrize("machine", [H100], ids=["H100"])
+@pytest.mark.usefixtures("launched")
+def test_no_step_copies_more_keys_than_the_largest_prefill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an FP8 cache: that dry run tells what the pool must leave free."""
+    num_bytes: list[int] = []
+
+    def gather(*args: Any) -> None:
+        num_bytes.extend(x.untyped_storage().nbytes() for x in args[-2:])
+
+    monkeypatch.setattr(fp8_attention, "gather", gather)
+    rng = random.Random(0)
+    for max_model_len in (700, 40_000):
+        limits = {"max_model_len": max_model_len, "max_num_batched_tokens": 500, "max_num_seqs": 99}
+        runner = make_runner(tmp_path, 128, {}, kv_cache_dtype="fp8", **limits)
+        num_bytes.clear()
+        runner._run_largest_prefill()
+        allowed = max(num_bytes)
+        assert allowed >= max_model_len * 2 * 128 * 2 * 2
+        num_bytes.clear()
+        for count in (1, 2, 50, 99):
+            for length in (1, 5, 500 // count):
+                longest = rng.choice([max_model_len, rng.randint(length, max_model_len)])
+                key_lens = [rng.randint(length, longest) for _ in range(count - 1)]
+                runner._run_empty_prefill([length] * count, [*key_lens, longest])
+        assert max(num_bytes) <= allowed
 
 
 def test_kernels_are_loaded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

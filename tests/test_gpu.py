@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.sampling import SamplingTensors
+from nanovllm.layers import fp8
 from nanovllm.layers.attention import BACKENDS as ATTENTION_BACKENDS
 from nanovllm.layers.attention import AttentionInputs
 from nanovllm.layers.attention import store_kvcache as store_kvcache_twin
@@ -145,6 +146,7 @@ def test_greedy_tokens_equal_transformers(
 
 
 EXPERTS = (("num_experts", 16), ("num_experts_per_tok", 4), ("moe_intermediate_size", 96))
+EXPERTS_BUT_IN_ONE = ModelSpec("Qwen3Moe", num_layers=3, more=(*EXPERTS, ("mlp_only_layers", (1,))))
 YARN = (("rope_type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 128))
 LLAMA3 = (
     *(("rope_type", "llama3"), ("factor", 8.0), ("original_max_position_embeddings", 128)),
@@ -152,7 +154,7 @@ LLAMA3 = (
 )
 RELATIVES = [
     ModelSpec("Qwen3Moe", num_layers=3, more=(*EXPERTS, ("norm_topk_prob", True))),
-    ModelSpec("Qwen3Moe", num_layers=3, more=(*EXPERTS, ("mlp_only_layers", (1,)))),
+    EXPERTS_BUT_IN_ONE,
     ModelSpec("Qwen3", rope=YARN),
     ModelSpec("Llama", rope=LLAMA3, attention_bias=True, more=(("mlp_bias", True),), tied=True),
     ModelSpec("Mistral", num_kv_heads=4),
@@ -374,19 +376,33 @@ def test_a_stop_id_seen_late_ends_the_request_there(prompts: list[list[int]]) ->
         assert blocks.num_free_blocks == blocks.num_blocks
 
 
+LARGE_HEADS = ModelSpec(head_dim=128)
+EVEN = ModelSpec(hidden_size=512, intermediate_size=1024, head_dim=128)
+EVEN_EXPERTS = replace(
+    EXPERTS_BUT_IN_ONE, hidden_size=512, intermediate_size=1024, head_dim=128,
+    more=(*EXPERTS_BUT_IN_ONE.more, ("moe_intermediate_size", 256)),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("max_num_seqs", "spec"),
+    ("max_num_seqs", "spec", "formats"),
     [
-        (1, ModelSpec()),
-        (100, ModelSpec()),
-        (100, ModelSpec(head_dim=128)),
-        (100, ModelSpec("Qwen3Moe", num_layers=3, more=(*EXPERTS, ("mlp_only_layers", (1,))))),
+        (1, ModelSpec(), ()),
+        (100, ModelSpec(), ()),
+        (100, LARGE_HEADS, ()),
+        (100, LARGE_HEADS, ("kv_cache_dtype",)),
+        (100, EXPERTS_BUT_IN_ONE, ()),
+        (300, EVEN, ("quantization",)),
+        (300, EVEN_EXPERTS, ("quantization", "kv_cache_dtype")),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("quantization", ["auto", "fp8"])
 def test_nothing_is_compiled_after_start_up(
-    checkpoint: CheckpointFactory, max_num_seqs: int, spec: ModelSpec, quantization: str
+    checkpoint: CheckpointFactory,
+    max_num_seqs: int,
+    spec: ModelSpec,
+    formats: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever lengths and numbers of sequences come: the first run is as fast as the second."""
     from triton import knobs
@@ -397,11 +413,13 @@ def test_nothing_is_compiled_after_start_up(
         compiled.append(src.name)
 
     model = checkpoint(replace(spec, max_position_embeddings=4096))
-    options = {"max_num_seqs": max_num_seqs, "gpu_memory_utilization": 0.15}
-    with LLM(str(model), dtype="bfloat16", quantization=quantization, **options) as llm:
+    options: dict[str, Any] = {"max_num_seqs": max_num_seqs, "gpu_memory_utilization": 0.15}
+    options |= dict.fromkeys(formats, "fp8")
+    monkeypatch.setattr(fp8, "is_small", lambda shape: False)  # what is quantised stays so
+    with LLM(str(model), dtype="bfloat16", **options) as llm:
         knobs.compilation.listener = listen
         try:
-            few = [[1], [1, 2, 3], [65] * 5, [130], [200], [17] * 99]
+            few = [[1], [1, 2, 3], [65] * 5, [130], [200], [17] * 99, [7] * 150, [7] * 280]
             # With 18,000 tokens the last prompt is computed in two chunks.
             for lengths in (*few, [700, 1, 64], [3000], [1100] * 9, [3000] * 6):
                 prompts = random_prompts(lengths, vocab_size=300)

@@ -12,7 +12,9 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import accumulate
 from threading import Lock
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
@@ -27,12 +29,14 @@ from torch import Tensor
 
 from nanovllm import kernels
 from nanovllm.engine.batch_layout import dry_prefills
+from nanovllm.layers import fp8_prefill
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import qk_norm_rope_store as twin_qk_norm_rope_store
 from nanovllm.layers.attention import store_kvcache as twin_store_kvcache
-from nanovllm.layers.attention import triton_prefill_sizes
+from nanovllm.layers.attention import triton_prefill, triton_prefill_sizes
 from nanovllm.layers.embed_head import LMHead, resolve_and_embed
 from nanovllm.layers.filters import Filters, kept_threshold
+from nanovllm.layers.fp8_prefill import cut_sequences
 from nanovllm.layers.kv_quantization import dequantize, quantize
 from nanovllm.layers.layernorm import RMSNorm, rms_norm
 from nanovllm.layers.linear import GatedLinear, Linear
@@ -49,8 +53,9 @@ from nanovllm.layers.products import (
 )
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.sampler import ids_of, sample
+from nanovllm.layers.torch_attention import AttentionInputs
 from nanovllm.model_config import Rope
-from nanovllm.utils.context import cut_queries
+from nanovllm.utils.context import Context, cut_queries
 
 pytest.importorskip("triton")
 
@@ -354,6 +359,38 @@ def test_query_tiles_hold_every_query_once() -> None:
         assert (np.diff(last_keys) <= 0).all()
 
 
+def test_parts_hold_every_sequence_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, and as many in each as keep within its keys."""
+    monkeypatch.setattr(fp8_prefill, "MOST_KEYS", 1000)
+    rng = random.Random(0)
+    for _ in range(300):
+        queries = [rng.choice([1, 127, 128, 300]) for _ in range(rng.randint(1, 20))]
+        keys = [length + rng.choice([0, 0, 1, 500, 1200]) for length in queries]
+        slots = torch.arange(sum(queries), dtype=torch.int32)
+        tables = torch.arange(2 * len(keys), dtype=torch.int32).view(-1, 2)
+        parts = cut_sequences(Context(True, slots, queries, keys, 16, block_tables=tables))
+        most = max(1000, *keys)
+        seen = [length for part in parts for length in part.context.key_lens]
+        assert seen == keys
+        assert torch.equal(torch.cat([part.block_tables for part in parts]), tables)
+        end = 0
+        for rows, _, part in parts:
+            assert (rows.start, rows.stop) == (end, end + sum(part.query_lens))
+            end = rows.stop
+            assert torch.equal(part.slot_mapping, slots[rows])
+            assert part.block_tables is None
+            for lens, sums in (
+                (part.query_lens, part.cu_seqlens_q),
+                (part.key_lens, part.cu_seqlens_k),
+            ):
+                assert sums is not None
+                assert sums.tolist() == [0, *accumulate(lens)]
+        totals = [sum(part.key_lens) for _, _, part in parts]
+        assert max(totals) <= most
+        firsts = [part.key_lens[0] for _, _, part in parts[1:]]
+        assert all(a + b > most for a, b in zip(totals, firsts, strict=False))
+
+
 def test_hopper_prefill_is_used_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanovllm.kernels import hopper_attention
 
@@ -362,10 +399,9 @@ def test_hopper_prefill_is_used_where_it_was_measured(monkeypatch: pytest.Monkey
         block_size: int = 0,
         head_dim: int = 128,
         dtype: torch.dtype = torch.bfloat16,
-        key_dtype: torch.dtype = torch.bfloat16,
     ) -> bool:
         query = torch.empty(sum(lengths), 16, head_dim, dtype=dtype)
-        return hopper_attention.is_faster(query, query.to(key_dtype), lengths, block_size)
+        return hopper_attention.is_faster(query, lengths, block_size)
 
     monkeypatch.setattr(hopper_attention, "is_hopper", lambda _: True)
     assert is_faster([1024] * 4)
@@ -375,7 +411,6 @@ def test_hopper_prefill_is_used_where_it_was_measured(monkeypatch: pytest.Monkey
     assert not is_faster([1024] * 4, block_size=64)
     assert not is_faster([1024] * 4, head_dim=64)
     assert not is_faster([1024] * 4, dtype=torch.float32)
-    assert not is_faster([1024] * 4, block_size=256, key_dtype=torch.uint8)
     monkeypatch.setattr(hopper_attention, "is_hopper", lambda _: False)
     assert not is_faster([1024] * 4)
 
@@ -427,27 +462,11 @@ class Fp8Cache(Cache):
         dequantize(v, v_scales, out=self.v)
 
 
-# How the cache's elements become 16 bits wide, in queries of a dtype. Interpreted, bfloat16 is
-# multiplied in float16 alone.
-CONVERSIONS = (
-    [(dtype, how) for dtype in DTYPES for how in ("bits", "float16", "hardware")]
-    if CUDA
-    else [
-        *((dtype, "bits") for dtype in DTYPES),
-        *((dtype, "hardware") for dtype in (torch.float16, torch.bfloat16)),
-        (torch.bfloat16, "float16"),
-    ]
-)
-if CUDA and torch.cuda.get_device_capability() < (8, 9):
-    CONVERSIONS = [(dtype, how) for dtype, how in CONVERSIONS if how != "hardware"]
-conversions = pytest.mark.parametrize(("dtype", "conversion"), CONVERSIONS, ids=str)
-
-
 @runs_kernels
 @shapes
-@conversions
+@dtypes
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
-def test_fp8_decode(shape: Shape, dtype: torch.dtype, conversion: str) -> None:
+def test_fp8_decode(shape: Shape, dtype: torch.dtype) -> None:
     from nanovllm.kernels import attention
 
     lengths = decode_lengths(shape.block_size)
@@ -460,8 +479,7 @@ def test_fp8_decode(shape: Shape, dtype: torch.dtype, conversion: str) -> None:
         out = torch.full_like(query, math.nan)
         plan = attention.DecodePlan(num_splits, 32, 32) if num_splits else None
         attention.paged_decode(
-            query, *cache.pool, cache.tables, int32(lengths), scale, out, plan=plan,
-            conversion=conversion, **cache.scales,
+            query, *cache.pool, cache.tables, int32(lengths), scale, out, plan=plan, **cache.scales
         )  # fmt: skip
         for row, q, (k, v) in zip(out, query, cache.keys_and_values(), strict=True):
             if len(k):
@@ -472,31 +490,80 @@ def test_fp8_decode(shape: Shape, dtype: torch.dtype, conversion: str) -> None:
 
 
 @runs_kernels
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
 @shapes
-@conversions
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
-def test_fp8_prefill(shape: Shape, dtype: torch.dtype, conversion: str) -> None:
-    from nanovllm.kernels import attention
+def test_fp8_gather(shape: Shape, dtype: torch.dtype) -> None:
+    """All rows equal the twin's, at the borders of blocks and tiles; nothing else is written."""
+    from nanovllm.kernels import fp8_attention
 
-    block_size = shape.block_size
-    queries = [1, block_size - 1, block_size + 1, 1000 if CUDA else 70]
-    earlier = [40, 0, block_size, 3100 if CUDA else 9]
-    lengths = [a + b for a, b in zip(queries, earlier, strict=True)]
+    size = shape.block_size
+    lengths = [1, size - 1, size, size + 1, 4 * size - 1, 64 // shape.num_kv_heads, 3, 200]
     cache = Fp8Cache(shape, lengths, dtype)
-    query = randn(sum(queries), shape.num_heads, shape.head_dim, dtype=dtype)
-    cu_q, cu_k = (int32([0, *x]).cumsum(0, dtype=torch.int32) for x in (queries, lengths))
-    out = attention.paged_prefill(
-        query, *cache.pool, cu_q, cu_k, max(queries), shape.head_dim**-0.5, cache.tables,
-        conversion=conversion, **cache.scales,
-    )  # fmt: skip
-    sequences = zip(query.split(queries), cache.keys_and_values(), strict=True)
-    assert close(out, torch.cat([attend(q, *kv) for q, kv in sequences]))
+    for name, bits in zip(("k_scales", "v_scales"), cache.pool, strict=True):
+        rows = fp8_edges(200, shape.head_dim, dtype)[: len(cache.slots[7])]
+        stored, exponents = quantize(rows.unsqueeze(1).expand(-1, shape.num_kv_heads, -1))
+        bits.flatten(0, 1)[cache.slots[7]] = stored
+        cache.scales[name].flatten(0, 1)[cache.slots[7]] = exponents
+        cache.scales[name].flatten(0, 1)[cache.slots[6][1]] = 255  # is part of a sequence, and NaN
+    total = sum(lengths)
+    found = torch.full((2, total + 5, *cache.k.shape[2:]), 7.0, dtype=dtype, device=DEVICE)
+    limits = int32([0, *lengths]).cumsum(0, dtype=torch.int32)
+    fp8_attention.gather(
+        *cache.pool, *cache.scales.values(), cache.tables, limits, max(lengths), *found[:, :total]
+    )
+    slots = torch.cat(cache.slots)
+    for rows, bits, scales in zip(found, cache.pool, cache.scales.values(), strict=True):
+        held = (x.flatten(0, 1)[slots] for x in (bits, scales))
+        expected = dequantize(*held, out=torch.empty_like(rows[:total]))
+        assert torch.equal(rows[:total].nan_to_num(nan=-9e9), expected.nan_to_num(nan=-9e9))
+        assert expected.isnan().flatten(1).any(1).sum() == 1
+        assert (rows[total:] == 7).all()
 
 
 @runs_kernels
-@pytest.mark.parametrize("conversion", ["bits", "float16"])
+@dtypes
+@shapes
+@pytest.mark.parametrize("most_keys", [1, 100, 10**6])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
-def test_an_fp8_row_that_is_not_finite_stays_so(conversion: str) -> None:
+def test_fp8_prefill(
+    shape: Shape, dtype: torch.dtype, most_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts: of a sequence each, of several, or in one. The result is bit for bit the same."""
+    size = shape.block_size
+    queries = [1, 9, size - 1, size + 1, 1, 2, 1000 if CUDA else 70, 3]
+    earlier = [40, 0, 0, size, 33, 5, 3100 if CUDA else 9, 50]
+    lengths = [a + b for a, b in zip(queries, earlier, strict=True)]
+    cache = Fp8Cache(shape, lengths, dtype)
+    query = randn(sum(queries), shape.num_heads, shape.head_dim, dtype=dtype)
+    context = Context(
+        is_prefill=True,
+        slot_mapping=int32([-1] * sum(queries)),
+        query_lens=queries,
+        key_lens=lengths,
+        block_size=size,
+        block_tables=cache.tables,
+    )
+    scale = shape.head_dim**-0.5
+    scales = cache.scales.values()
+    inputs = AttentionInputs(query, None, query, *cache.pool, scale, context, *scales)
+    parts = cut_sequences(context)
+    assert len(parts) == 1
+    whole = triton_prefill(inputs)
+    refs = [
+        attend(q, *kv) for q, kv in zip(query.split(queries), cache.keys_and_values(), strict=True)
+    ]
+    assert close(whole, torch.cat(refs))
+    monkeypatch.setattr(fp8_prefill, "MOST_KEYS", most_keys)
+    again = replace(context)
+    num_parts = len(cut_sequences(again))
+    assert num_parts == 1 if most_keys > 1000 else 1 < num_parts < len(queries)
+    assert torch.equal(triton_prefill(inputs._replace(context=again)), whole)
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+def test_an_fp8_row_that_is_not_finite_stays_so() -> None:
     """It must not become numbers that look right."""
     from nanovllm.kernels import attention
 
@@ -506,9 +573,8 @@ def test_an_fp8_row_that_is_not_finite_stays_so(conversion: str) -> None:
         cache.scales[f"{name}_scales"].flatten(0, 1)[slot] = 255
         query = randn(2, SHAPES[0].num_heads, SHAPES[0].head_dim, dtype=DTYPES[0])
         out = attention.paged_decode(
-            query, *cache.pool, cache.tables, int32([40, 40]), 1.0, conversion=conversion,
-            **cache.scales,
-        )  # fmt: skip
+            query, *cache.pool, cache.tables, int32([40, 40]), 1.0, **cache.scales
+        )
         assert not out[0].isfinite().any()
         assert out[1].isfinite().all()
 
@@ -576,6 +642,23 @@ def test_fp8_stores_equal_their_twins_bit_for_bit(
         assert (scales != 9).flatten(2).all(2).sum() == num_tokens - 1
 
 
+@runs_kernels
+def test_fp8_gather_from_past_32_bits() -> None:
+    """Main memory is taken only as it is written."""
+    from nanovllm.kernels import fp8_attention
+
+    num_blocks = 2**31 // (256 * 2 * 32) + 9
+    cache = torch.empty(num_blocks, 256, 2, 32, dtype=torch.uint8, device=DEVICE)
+    scales = torch.empty(cache.shape[:-1], dtype=torch.uint8, device=DEVICE)
+    table = int32([num_blocks - 1, num_blocks - 9, num_blocks - 5])[None]
+    rows = randn(3, 256, 2, 32)
+    cache[table[0].long()], scales[table[0].long()] = quantize(rows)
+    found = torch.empty(2, 600, 2, 32, device=DEVICE)
+    fp8_attention.gather(cache, cache, scales, scales, table, int32([0, 600]), 600, *found)
+    keys = dequantize(*quantize(rows), out=rows).flatten(0, 1)[:600]
+    assert torch.equal(found, keys.expand_as(found))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 def test_fp8_offsets_past_32_bits() -> None:
@@ -591,9 +674,6 @@ def test_fp8_offsets_past_32_bits() -> None:
     ref = attend(query, keys, keys)
     lens, rest = int32([600]), {"k_scales": scales, "v_scales": scales}
     assert close(attention.paged_decode(query, cache, cache, table, lens, 128**-0.5, **rest), ref)
-    cu_q, cu_k = int32([0, 1]), int32([0, 600])
-    args = query, cache, cache, cu_q, cu_k, 1, 128**-0.5, table
-    assert close(attention.paged_prefill(*args, **rest), ref)
 
 
 # ---- elementwise, sampling, matrix-vector products
@@ -1529,7 +1609,7 @@ def test_dry_prefills_reach_what_any_step_launches(monkeypatch: pytest.MonkeyPat
     def attention(lengths: list[int]) -> str:
         """Which kernel attends."""
         query = torch.empty(sum(lengths), 1, 128, dtype=torch.bfloat16)
-        if hopper_attention.is_faster(query, query, lengths, 256):
+        if hopper_attention.is_faster(query, lengths, 256):
             return "hopper"
         return "long" if max(lengths) > 1024 else "short"
 
@@ -1705,6 +1785,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         attention,
         embedding,
         filters,
+        fp8_attention,
         fused,
         gated_linear,
         gemv,
@@ -1729,20 +1810,19 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         attention.paged_decode(empty(4, 16, 256), wide, wide, tables, lens, 1.0)
     elif name == "FP8 cache":
         monkeypatch.setattr(attention, "shared_memory", lambda _: shared_bytes)
-        plans = {(p.tile, p.num_warps, p.num_stages): p for p in attention.DECODE_PLANS.values()}
-        for dtype, head_dim, conversion in (
-            *((torch.bfloat16, head_dim, "bits") for head_dim in (128, 256, 80)),
-            (torch.float16, 128, "bits"),
-            (torch.bfloat16, 128, "float16"),
-            *([(torch.bfloat16, 128, "hardware")] if capability >= 89 else []),
+        fp8_plans = attention.FP8_DECODE_PLANS.values()
+        plans = {(p.tile, p.num_warps, p.num_stages): p for p in fp8_plans}
+        for dtype, head_dim in (
+            *((torch.bfloat16, head_dim) for head_dim in (128, 256, 80)),
+            (torch.float16, 128),
         ):
             fp8, scales = fp8_pool(9, 256, 8, head_dim)
-            how = {"k_scales": scales, "v_scales": scales, "conversion": conversion}
+            how = {"k_scales": scales, "v_scales": scales}
             q = empty(4, 16, head_dim, dtype=dtype)
             for plan in plans.values() if (dtype, head_dim) == (torch.bfloat16, 128) else (None,):
                 attention.paged_decode(q, fp8, fp8, tables, lens, 1.0, plan=plan, **how)
-            q = empty(300, 16, head_dim, dtype=dtype)
-            attention.paged_prefill(q, fp8, fp8, lens, lens, 300, 1.0, tables, **how)
+            kv = empty(300, 8, head_dim, dtype=dtype)
+            fp8_attention.gather(fp8, fp8, scales, scales, tables, lens, 300, kv, kv)
         fp8, scales = fp8_pool(9, 256, 8, 128)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             x, stored = empty(4, 4096, dtype=dtype), (fp8, fp8, lens, 16, 8)

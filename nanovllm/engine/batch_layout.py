@@ -62,11 +62,13 @@ class BatchLayout:
         context.logit_rows = self._tensor(rows, torch.int64)
         return self._tensor(np.concatenate(input_ids), torch.int64), context
 
-    def empty_prefill(self, lengths: list[int], from_cache: bool) -> tuple[Tensor, Context]:
-        """`prefill` of zeros that stores nothing; from_cache: it attends to the first block."""
-        context = self._prefill_context(lengths, lengths, np.full(sum(lengths), -1))
-        if from_cache:
-            width = -(-max(lengths) // self.block_size)
+    def empty_prefill(
+        self, lengths: list[int], key_lens: list[int] | None = None
+    ) -> tuple[Tensor, Context]:
+        """`prefill` of zeros that stores nothing; with key_lens, it attends to the first block."""
+        context = self._prefill_context(lengths, key_lens or lengths, np.full(sum(lengths), -1))
+        if key_lens is not None:
+            width = -(-max(key_lens) // self.block_size)
             context.block_tables = self._tensor([[0] * width] * len(lengths), torch.int32)
         context.positions = self._tensor([0] * sum(lengths), torch.int64)
         context.logit_rows = context.positions[: len(lengths)]

@@ -253,7 +253,9 @@ class ModelRunner:
         lengths = [1] * num_seqs
         for index in range(num_seqs):
             lengths[index] = min(self.config.max_model_len, num_tokens - sum(lengths) + 1)
-        self._run_empty_prefill(lengths, from_cache=False)
+        self._run_empty_prefill(lengths)
+        if self.is_fp8_cache:  # from which as many keys as a sequence may have are copied
+            self._run_empty_prefill(lengths, [self.config.max_model_len, *lengths[1:]])
 
     def _compile_kernels(self) -> None:
         """Compile every kernel that a step of any size launches, so that no later step has to."""
@@ -279,8 +281,8 @@ class ModelRunner:
             decodes = {size for size in decodes if size <= 65}
         with compiling_ahead(self.device):
             for lengths in prefills:
-                for from_cache in (False, True):
-                    self._run_empty_prefill(lengths, from_cache)
+                for key_lens in (None, lengths):
+                    self._run_empty_prefill(lengths, key_lens)
             for size in {min(size, num_seqs) for size in decodes}:
                 self._decode_step(inputs.tensors(size), [1] * size)
         self.model.model.layers = layers
@@ -288,13 +290,13 @@ class ModelRunner:
     def _warm_up(self) -> None:
         """Run small prefills, so that what PyTorch loads when it is first used is there."""
         for lengths in ([2], [64] * min(2, self.config.max_num_seqs)):
-            for from_cache in (False, True):
-                self._run_empty_prefill(lengths, from_cache)
+            for key_lens in (None, lengths):
+                self._run_empty_prefill(lengths, key_lens)
         torch.cuda.synchronize(self.device)
 
-    def _run_empty_prefill(self, lengths: list[int], from_cache: bool) -> None:
-        """A prefill of zeros that stores nothing; from_cache: it attends to the first block."""
-        input_ids, context = self.layout.empty_prefill(lengths, from_cache)
+    def _run_empty_prefill(self, lengths: list[int], key_lens: list[int] | None = None) -> None:
+        """A prefill of zeros that stores nothing; with key_lens, it attends to the first block."""
+        input_ids, context = self.layout.empty_prefill(lengths, key_lens)
         x = self.model.model.embed_tokens(input_ids)
         logits = self.model(x, context, out=self.sampler.logits[: len(lengths)])
         zeros = input_ids[: len(lengths)]

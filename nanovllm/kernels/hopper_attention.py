@@ -223,21 +223,19 @@ def _hopper_prefill_kernel(
     )  # fmt: skip
 
 
-def is_faster(query: Tensor, key: Tensor, query_lens: list[int], block_size: int) -> bool:
+def is_faster(query: Tensor, query_lens: list[int], block_size: int) -> bool:
     """True for steps in which this was measured to be faster than kernels.attention.
 
-    Those of many tokens, in sequences long enough to fill most of their tiles. Never for keys of
-    an FP8 cache, which it cannot read.
+    Those of many tokens, in sequences long enough to fill most of their tiles.
 
     Args:
         query: [num_tokens, num_heads, head_dim].
-        key: those of this step, or the cache.
         query_lens: the tokens of each sequence, num_tokens together.
         block_size: of the cache that keys come from; 0: they come from this step.
     """
     num_tokens, _, head_dim = query.shape
     fits = head_dim == SUPPORTED_HEAD_DIM and block_size % KEY_TILE == 0
-    fits = fits and query.element_size() == key.element_size() == 2 and is_hopper(query.device)
+    fits = fits and query.element_size() == 2 and is_hopper(query.device)
     mean_len = num_tokens / len(query_lens)
     return fits and num_tokens >= MIN_TOKENS and mean_len >= MIN_TILES_A_SEQUENCE * QUERY_TILE
 
@@ -249,6 +247,7 @@ def hopper_prefill(
     query_tiles: Tensor,
     scale: float,
     block_tables: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of sequences that lie in a row. Twin: layers.attention.torch_prefill.
 
@@ -262,7 +261,7 @@ def hopper_prefill(
         block_tables: int32 [num_seqs, max_blocks].
 
     Returns:
-        [num_tokens, num_heads, 128] in query's dtype.
+        [num_tokens, num_heads, 128] in query's dtype: `out`, if given.
     """
     num_heads, num_kv_heads = query.size(1), key.size(-2)
     block_size = key.size(1) if block_tables is not None else 0
@@ -273,7 +272,8 @@ def hopper_prefill(
         assert key.is_contiguous() and value.is_contiguous() and block_tables.stride(1) == 1
         key, value = key.flatten(0, 1), value.flatten(0, 1)
     assert all(x.stride()[1:] == (SUPPORTED_HEAD_DIM, 1) for x in (key, value))
-    out = torch.empty_like(query)
+    out = torch.empty_like(query) if out is None else out
+    assert out.is_contiguous()
     num_items = len(query_tiles) * num_heads
     launch(
         _hopper_prefill_kernel, (min(num_items, num_sms(query.device)),), query,

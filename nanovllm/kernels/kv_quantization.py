@@ -50,34 +50,18 @@ def round_to_e4m3(x, exponents) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def unpack_pairs(
-    pairs, dtype: tl.constexpr, HARDWARE: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+def unpack_pairs(pairs, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """The first and the second of pairs (int16) of e4m3 numbers, times 1 / 256, exactly.
 
     Pairs, because a product's operands are 16 bits wide: such a tile comes from shared memory as a
     16-bit one does, also transposed, and becomes two in the same layout. A number's sign goes to
     the sign, its other bits to where exponent and mantissa meet. In float16, whose exponent is one
     bit longer, that is the number times 1 / 256, subnormals too; in bfloat16 times 2^-120.
-
-    HARDWARE: in float16 by the instruction of GPUs that know FP8, and times 1.
     """
     if INTERPRETED or dtype == tl.float32:
         pairs = pairs.to(tl.int32)
-        factor = 2.0**120 if HARDWARE else 2.0**112
-        return (_unpack(pairs) * factor).to(dtype), (_unpack(pairs >> 8) * factor).to(dtype)
-    elif HARDWARE:
-        tl.static_assert(dtype == tl.float16)
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t;
-            .reg .b16 a, b;
-            prmt.b32 t, $2, 0, 0x3120;
-            mov.b32 {a, b}, t;
-            cvt.rn.f16x2.e4m3x2 $0, a;
-            cvt.rn.f16x2.e4m3x2 $1, b;
-            }""", "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
+        even, odd = unpack(pairs), unpack(pairs >> 8)
+        return (even * 2.0**112).to(dtype), (odd * 2.0**112).to(dtype)
     elif dtype == tl.float16:
         return tl.inline_asm_elementwise(
             """{
@@ -112,7 +96,6 @@ def unpack_pairs(
 
 
 @triton.jit
-def _unpack(byte):
-    """The number in the lowest byte, times 2^-120: float32."""
-    number = ((byte & 0x7F) << 20).to(tl.float32, bitcast=True)
-    return tl.where((byte & 0x80) != 0, -number, number)
+def unpack(byte) -> tl.tensor:
+    """The number in the lowest byte of int32, times 2^-120: float32."""
+    return (((byte & 0x80) << 24) | ((byte & 0x7F) << 20)).to(tl.float32, bitcast=True)

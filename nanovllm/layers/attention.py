@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nanovllm.config import FLASH_BLOCK_STEP
 from nanovllm.kernels import kernel_of
+from nanovllm.layers.fp8_prefill import prefill_from_fp8
 from nanovllm.layers.kv_quantization import dequantize, quantize
 from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
@@ -145,27 +146,25 @@ def flash_decode(inputs: AttentionInputs) -> Tensor:
     return out.squeeze(1)
 
 
-def triton_prefill(inputs: AttentionInputs) -> Tensor:
+def triton_prefill(inputs: AttentionInputs, out: Tensor | None = None) -> Tensor:
     """Prefill with the kernel of nanovllm.kernels.hopper_attention or of .attention."""
     from nanovllm.kernels import hopper_attention
     from nanovllm.kernels.attention import paged_prefill
 
-    query, key, value, k_cache, v_cache, scale, context, k_scales, v_scales = inputs
+    query, key, value, k_cache, v_cache, scale, context, k_scales, _ = inputs
     tables, block_size = context.block_tables, 0
     if tables is not None:
+        if k_scales is not None:
+            return prefill_from_fp8(inputs, triton_prefill)
         key, value, block_size = k_cache, v_cache, context.block_size
-    else:
-        k_scales = v_scales = None  # those of this step are rounded, but in the model's dtype
     assert key is not None
-    if hopper_attention.is_faster(query, key, context.query_lens, block_size):
+    if hopper_attention.is_faster(query, context.query_lens, block_size):
         tiles = context.query_tiles
-        return hopper_attention.hopper_prefill(query, key, value, tiles, scale, tables)
+        return hopper_attention.hopper_prefill(query, key, value, tiles, scale, tables, out)
     cu_seqlens_q, cu_seqlens_k = context.cu_seqlens_q, context.cu_seqlens_k
     assert cu_seqlens_q is not None and cu_seqlens_k is not None
     lengths = cu_seqlens_q, cu_seqlens_k, context.max_query_len
-    return paged_prefill(
-        query, key, value, *lengths, scale, tables, k_scales=k_scales, v_scales=v_scales
-    )
+    return paged_prefill(query, key, value, *lengths, scale, tables, out=out)
 
 
 def triton_prefill_sizes(max_model_len: int) -> set[int]:
