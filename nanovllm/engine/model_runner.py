@@ -19,11 +19,12 @@ from nanovllm.engine.sampling import Sampler, SamplingTensors
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
 from nanovllm.layers.attention import BACKENDS, Attention, select_backend
 from nanovllm.layers.filters import Filters
+from nanovllm.layers.int4 import require_int4
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.logprobs import ROWS_AT_A_TIME
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.products import first_sizes
-from nanovllm.layers.stored_weight import pack
+from nanovllm.layers.stored_weight import not_int4, pack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
@@ -59,7 +60,11 @@ class ModelRunner:
         self.block_size = config.kvcache_block_size
         self.blocks_per_seq = -(-config.max_model_len // self.block_size)
         self.device = resolve_device(config.device)
-        self.dtype = resolve_dtype(config.dtype, model.dtype, self.device)
+        quantization = model.quantization
+        self.is_int4 = quantization is not None and quantization.method == "int4"
+        if self.is_int4:
+            require_int4(self.device)
+        self.dtype = resolve_dtype(config.dtype, model.dtype, self.device, self.is_int4)
         self.backend = select_backend(
             config.attention_backend, self.device, self.dtype, self.block_size, model.head_dim
         )
@@ -142,7 +147,8 @@ class ModelRunner:
         self.synchronize()
         with own_modes(self.device, inference=False):
             self.model.unpack()
-            load_weights(self.model, model_dir, self._shapes, self.group, pack)
+            how = self._shapes, self.group, pack, self.is_int4
+            load_weights(self.model, model_dir, *how)
             self.model.pack()
 
     def new_seed(self) -> int:
@@ -180,7 +186,12 @@ class ModelRunner:
             whole = Qwen3ForCausalLM(config.model_config, backend, 1, device=torch.device("meta"))
         quantization = self.part.quantization
         self._shapes = checkpoint_shapes(whole, quantization is not None and quantization.is_stored)
-        if quantization is not None and not kernels.multiplies_fp8(self.device):
+        if self.is_int4 and (left := not_int4(model)):
+            logger.info(
+                f"{len(left)} weights are not int4, no group of 32 inputs fits them: "
+                f"{', '.join(left[:5])}{', ...' if len(left) > 5 else ''}"
+            )
+        elif not self.is_int4 and quantization and not kernels.multiplies_fp8(self.device):
             logger.info(
                 f"FP8 weights are kept as {str(self.dtype).removeprefix('torch.')}: for them as "
                 f"such there are no kernels on {self.device}"
@@ -189,7 +200,8 @@ class ModelRunner:
             if config.load_format == "dummy":
                 fill_random(model)
             else:
-                load_weights(model, config.model_dir, self._shapes, self.group, pack)
+                which = self._shapes, self.group, pack, self.is_int4
+                load_weights(model, config.model_dir, *which)
             model.pack()
         return model.eval()
 

@@ -38,7 +38,7 @@ class Linear(StoredWeight):
 
     def _product_table(self) -> ProductTable:
         kind = self.is_gated, self.is_head, self.bias is not None
-        return product_table(self.weight, *kind, scales=self.scales)
+        return product_table(self.weight, *kind, scales=self.scales, num_rows=self.own_shape[0])
 
     def pack(self) -> None:
         super().pack()
@@ -46,12 +46,6 @@ class Linear(StoredWeight):
             packed = pack(self.weight)
             if packed is not self.weight:
                 self.replace(packed)
-
-    def unpack(self) -> None:
-        super().unpack()
-        if self.weight.is_mkldnn:
-            shape, dtype = self.weight.shape, self.weight.dtype
-            self.replace(torch.empty(shape, dtype=dtype, device=self.weight.device))
 
     def replace(self, weight: Tensor, scales: Tensor | None = None) -> None:
         super().replace(weight, scales)
@@ -103,7 +97,7 @@ class RowParallelLinear(Linear):
         norm: RMSNorm | None = None,
     ) -> Tensor:
         assert out is None
-        out = self.group.output(len(x), self.weight.size(0), x.dtype)
+        out = self.group.output(len(x), self.own_shape[0], x.dtype)
         residual = residual if self.group.rank == 0 else None
         return self.group.all_reduce(super().forward(x, residual, out, norm))
 

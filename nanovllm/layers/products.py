@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm import kernels
+from nanovllm.layers.int4 import Int4Weight
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.device import uses_onednn
 from nanovllm.utils.quantization import Fp8Weight
@@ -60,6 +61,13 @@ def plain(inputs: LinearInputs) -> Tensor:
     if residual is None and bias is None and out is not None:
         return torch.mm(x, weight.T, out=out)
     y = F.linear(x, weight, bias)
+    return finished(inputs, y)
+
+
+def finished(inputs: LinearInputs, y: Tensor) -> Tensor:
+    """What stands after product and bias: activation or sum."""
+    residual = inputs.residual
+    out = residual if inputs.out is None else inputs.out
     if inputs.act is not None:
         y = inputs.act(y)
     if residual is not None:
@@ -115,6 +123,18 @@ def dequantized(inputs: LinearInputs, scales: Tensor) -> Tensor:
     return plain(inputs._replace(weight=weight))
 
 
+def int4_few(inputs: LinearInputs, weight: Int4Weight) -> Tensor:
+    """Torch's product of int4 weights."""
+    y = weight.few(inputs.normed())
+    return finished(inputs, y if inputs.bias is None else y.add_(inputs.bias))
+
+
+def int4_many(inputs: LinearInputs, weight: Int4Weight) -> Tensor:
+    """They are dequantised once, and multiplied as others are."""
+    y = weight.many(inputs.normed())
+    return finished(inputs, y if inputs.bias is None else y.add_(inputs.bias))
+
+
 def few_tokens(inputs: LinearInputs) -> Tensor:
     """One launch."""
     from nanovllm.kernels.gemv import matvec
@@ -145,6 +165,7 @@ def product_table(
     is_head: bool = False,
     has_bias: bool = False,
     scales: Tensor | None = None,
+    num_rows: int = 0,
 ) -> ProductTable:
     """The products of a layer, by the GPU, shape and dtype of its weight [num_rows, input_size].
 
@@ -154,11 +175,13 @@ def product_table(
         is_gated: gate over up; SiLU(gate) * up follows the matrix product.
         is_head: the output head.
         has_bias: which the kernels of gated layers have not.
-        scales: of an FP8 weight.
+        scales: of an FP8 or an int4 weight. num_rows: of an int4 weight, which may be padded.
 
     Returns:
         Of a kernel that is compiled differently for more tokens, each form has its entry.
     """
+    if scales is not None and weight.dtype == torch.uint8:
+        return int4_table(Int4Weight(weight, scales, num_rows))
     if scales is not None:
         return fp8_table(Fp8Weight(weight, scales), is_gated, has_bias)
     if weight.is_mkldnn:
@@ -186,6 +209,14 @@ def product_table(
 def fp8_table(weight: Fp8Weight, is_gated: bool, has_bias: bool) -> ProductTable:
     """Likewise of a layer whose weight is FP8."""
     return {math.inf: partial(dequantized, scales=weight.scales)}
+
+
+def int4_table(weight: Int4Weight) -> ProductTable:
+    """Likewise of one whose weight is int4."""
+    few: ProductTable = {}
+    if weight.most_few:
+        few = {weight.most_few: partial(int4_few, weight=weight)}
+    return few | {math.inf: partial(int4_many, weight=weight)}
 
 
 def _most_small(weight: Tensor, is_gated: bool, is_head: bool, was_measured: bool) -> int:

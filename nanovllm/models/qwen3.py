@@ -188,6 +188,9 @@ class Qwen3ForCausalLM(nn.Module):
         self.model = Qwen3Model(config, backend, max_positions, group, **options)
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, **options)
         self.tie_word_embeddings = config.tie_word_embeddings
+        quantization = config.quantization
+        if quantization is not None and quantization.quantizes_head:
+            self.lm_head.quantize(quantization._replace(is_stored=False))
         self.unpack()
 
     def pack(self) -> None:

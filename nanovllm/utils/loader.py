@@ -16,6 +16,7 @@ from nanovllm.utils.quantization import (
     SCALES_SUFFIX,
     Fp8Weight,
     Target,
+    WidePart,
     num_blocks,
     own_targets,
     quantize,
@@ -206,6 +207,7 @@ def load_weights(
     shapes: dict[str, torch.Size] | None = None,
     group: RankGroup | None = None,
     on_filled: Callable[[nn.Module], object] = lambda module: None,
+    is_finite: bool = False,
 ) -> None:
     """Fill all of a model's parameters from the safetensors in a directory.
 
@@ -216,6 +218,7 @@ def load_weights(
         shapes: the checkpoint's, where the model is one rank's part of it; None: the model's own.
         group: of the ranks that share it: of each tensor only the rank's part is read.
         on_filled: told of each module once all of its parameters are filled.
+        is_finite: matrices must be, since they are quantised later.
 
     Raises:
         ValueError: as check_checkpoint, and then nothing has been changed; or tied weights that
@@ -239,9 +242,14 @@ def load_weights(
             target = targets.pop(name)
             if isinstance(target, Fp8Weight):
                 target.fill(*_read_fp8(files, name, target.shape, group))
+                numbers = target.dequantized(torch.float32) if is_finite else None
             else:
                 whole = files[name].get_slice(name).get_shape()
-                tensor = _read(files, name, _place(whole, target.shape, group))
+                place = _place(whole, target.shape, group)
+                if isinstance(target, WidePart):
+                    place = place[0], slice(target.start, target.start + target.shape[1])
+                    target = target.memory
+                tensor = _read(files, name, place)
                 is_again = is_tied and name in TIED and filled & TIED
                 if is_again and not torch.equal(tensor.to(target.dtype), target):
                     raise ValueError(
@@ -249,6 +257,11 @@ def load_weights(
                         "from the embedding"
                     )
                 target.data.copy_(tensor)
+                numbers = target if is_finite and target.dim() > 1 else None
+            if numbers is not None and not numbers.isfinite().all():
+                raise ValueError(
+                    f"tensor {name!r} holds infinite numbers or NaN, which int4 weights cannot"
+                )
             filled.add(name)
             module, names = left.pop(name)
             names.discard(name)

@@ -76,8 +76,26 @@ class Fp8Weight(NamedTuple):
         self.scales.copy_(scales)
 
 
+class WidePart(NamedTuple):
+    """Memory [..., num_rows, width] for more of a checkpoint's matrix than a rank's part.
+
+    start: the first of the matrix's inputs that it is for.
+    """
+
+    memory: Tensor
+    start: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.memory.shape
+
+    def split(self, sizes: Sequence[int]) -> "list[WidePart]":
+        """Parts of so many rows each, as views."""
+        return [WidePart(part, self.start) for part in self.memory.split(list(sizes), dim=-2)]
+
+
 # What one tensor of a checkpoint fills.
-Target = Tensor | Fp8Weight
+Target = Tensor | Fp8Weight | WidePart
 
 
 def num_blocks(size: int) -> int:
@@ -119,6 +137,9 @@ def own_targets(module: nn.Module) -> dict[str, Target]:
         weight = targets["weight"]
         assert isinstance(weight, Tensor) and isinstance(scales, Tensor)
         targets["weight"] = Fp8Weight(weight, scales)
+    first_input = getattr(module, "first_input", None)
+    if first_input is not None:
+        targets["weight"] = WidePart(module.get_parameter("weight"), first_input)
     return targets
 
 
@@ -126,4 +147,6 @@ def matrices(stack: Target) -> Sequence[Target]:
     """Those of a stack, as views."""
     if isinstance(stack, Fp8Weight):
         return list(map(Fp8Weight, stack.values, stack.scales))
+    if isinstance(stack, WidePart):
+        return [WidePart(memory, stack.start) for memory in stack.memory]
     return list(stack)
