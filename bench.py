@@ -10,7 +10,7 @@ import logging
 import math
 import platform
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import chain
@@ -26,7 +26,8 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.config import QUANTIZATIONS
 from nanovllm.engine.scheduler import Batch
 from nanovllm.layers.linear import Linear
-from nanovllm.layers.moe import MoE, route
+from nanovllm.layers.moe import ExpertWeights, MoE, route
+from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.device import resolve_device, resolve_dtype
 from nanovllm.utils.loader import read_model_config, resolve_model_dir
@@ -162,38 +163,46 @@ class Floor:
         self.block_size = llm.config.kvcache_block_size
         model, kv_cache = llm.model_runner.model, llm.model_runner.kv_cache
         embedding = model.model.embed_tokens.weight
+        config, layers = self.part, model.model.layers
+        experts = [
+            p for part in layers.modules() if isinstance(part, ExpertWeights)
+            for p in part.parameters()
+        ]  # fmt: skip
         # Of an input embedding whose memory is not the output head's too, only rows are read.
-        self.weight_bytes = sum(p.nbytes for p in model.parameters() if p.dim() < 3)
+        self.weight_bytes = num_bytes(model.parameters()) - num_bytes(experts)
         if model.lm_head.weight is not embedding:
             self.weight_bytes -= embedding.nbytes
         self.token_bytes = kv_cache[:, :, 0, 0].nbytes
-        config, layers = self.part, model.model.layers
         self.expert_shares = expert_shares
         self.expert_bytes = num_chosen = 0
         if config.experts is not None:
-            experts = [p for p in layers.parameters() if p.dim() == 3]  # of one: p[0]
-            self.expert_bytes = sum(p[0].nbytes for p in experts) // max(
-                1, len(config.experts.layers)
-            )
+            num_experts = config.experts.num_experts * len(config.experts.layers)
+            self.expert_bytes = num_bytes(experts) // max(1, num_experts)
             num_chosen = config.experts.num_chosen
 
         def weights(module: nn.Module) -> tuple[int, int]:
             """Those that a token is multiplied with: outside experts, and of the chosen ones."""
-            named = module.named_parameters()
-            parameters = [p for name, p in named if not name.endswith("scales")]
-            dense = sum(p.numel() for p in parameters if p.dim() == 2)
-            return dense, sum(num_chosen * p[0].numel() for p in parameters if p.dim() == 3)
+            stored = (part for part in module.modules() if isinstance(part, StoredWeight))
+            shapes = [part.own_shape for part in stored]
+            dense = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+            one_each = sum(math.prod(shape[1:]) for shape in shapes if len(shape) == 3)
+            return dense, num_chosen * one_each
 
         self.flops_per_token = 2 * sum(weights(layers))
         kv_weights = 2 * config.num_kv_heads * config.head_dim * config.hidden_size
         # Beyond K and V in the last layer.
-        dense, sparse = weights(layers[-1])
-        dense -= kv_weights
+        all_dense, sparse = weights(layers[-1])
+        dense = all_dense - kv_weights
         self.flops_per_last = 2 * (dense + sparse)
         self.flops_per_logits = 2 * embedding.numel()
         # Weights that only tokens which are sampled from pass through: the last layer's, the head.
         # Its experts count as those of a layer, by number of sequences: see _touched_experts.
-        self.last_bytes = (dense + embedding.numel()) * embedding.itemsize
+        last = (
+            p for part in layers[-1].modules() if isinstance(part, Linear)
+            for name, p in part.named_parameters() if name != "bias"
+        )  # fmt: skip
+        self.last_bytes = num_bytes(last) * dense // all_dense
+        self.last_bytes += num_bytes(model.lm_head.parameters())
         self.last_has_experts = bool(sparse)
         self.weights_s = self.kv_s = self.prefill_s = self.linear_s = 0.0
         self.num_decode_steps = self.num_prefill_steps = 0
@@ -272,6 +281,11 @@ class Floor:
             f"Linear layers of the prefill steps, every token through all of them: "
             f"{self.linear_s:.3f}s = {self.linear_s / elapsed_s:.1%}"
         )
+
+
+def num_bytes(parameters: Iterable[Tensor]) -> int:
+    """That are read, if all of them are."""
+    return sum(parameter.nbytes for parameter in parameters)
 
 
 def _samples(batch: Batch) -> bool:

@@ -1,39 +1,39 @@
 """Int4 weights on a CPU: 16 levels for each group of inputs, made while a model is loaded.
 
 Torch has an operator that multiplies by them. It keeps a matrix in blocks of rows, within a block
-input after input, two numbers a byte; which two depends on the processor's instructions, so nothing
-here looks into a byte. All that it rests on is that blocks of 64 rows follow one another.
+input after input, the codes of two rows a byte; which two depends on the processor's instructions.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OPERATORS = "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"
 GROUPS = (128, 64, 32)  # inputs that may share a scale, the best first; the operator takes no less
-ROWS = 64  # whole blocks of rows: outputs are padded
+ROWS = 64  # whole blocks on any machine: outputs are padded
 LEVELS = 16
 ZERO_CODE = 8
-SHRINKS = (1.0,)
 # Measured on two cores of an EPYC with avx512_bf16. The operator has no fast code for other dtypes.
 MOST_FEW = 64
 QUANTIZED_AT_ONCE = 1 << 22  # numbers, for which scratch memory is taken
-DEQUANTIZED_AT_ONCE = 1 << 23
+DEQUANTIZED_AT_ONCE = 1 << 22  # 8 MiB of them stay in the cache till they are multiplied
 
 
 def require_int4(device: torch.device) -> None:
     """Raise ValueError if int4 weights cannot be had: but for the device it is torch's version."""
     if device.type != "cpu":
         raise ValueError(f"quantization='int4' needs a CPU, got device={str(device)!r}")
-    for name in ("_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"):
+    for name in OPERATORS:
         if not hasattr(torch.ops.aten, name):
             raise ValueError(
                 f"quantization='int4' needs torch's operator aten::{name}, which torch "
                 f"{torch.__version__} has not"
             )
+    layout()
 
 
 class Groups(NamedTuple):
@@ -111,13 +111,14 @@ class Int4Weight:
 
     def many(self, x: Tensor) -> Tensor:
         """`linear` by the dequantised weight, or one part of its rows after the other."""
-        rows_at_once = max(ROWS, DEQUANTIZED_AT_ONCE // x.size(1) // ROWS * ROWS)
-        if rows_at_once >= self.num_rows:
-            return F.linear(x, self.dequantized(x.dtype))
+        num_parts = -(-self.num_rows * x.size(1) // DEQUANTIZED_AT_ONCE)
+        if num_parts <= 1:
+            return x @ self.dequantized(x.dtype).T
+        rows_at_once = -(-self.num_rows // num_parts // ROWS) * ROWS
         y = x.new_empty(len(x), self.num_rows)
         for start in range(0, self.num_rows, rows_at_once):
             end = min(start + rows_at_once, self.num_rows)
-            y[:, start:end] = F.linear(x, self._rows(start, end).dequantized(x.dtype))
+            y[:, start:end] = x @ self._rows(start, end).dequantized(x.dtype).T
         return y
 
     def _rows(self, start: int, end: int) -> "Int4Weight":
@@ -126,109 +127,130 @@ class Int4Weight:
         return Int4Weight(self.values[start:padded], self.scales[:, start:padded], end - start)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """[num_rows, input_size] of one matrix, a view.
+        """[num_rows, input_size] of one matrix, a view, its memory input after input.
 
-        The operator does it, multiplying the identity by the weight. To make that few products, it
-        is told that each 32 inputs of a block are a block of a matrix of 32 inputs, which in memory
-        is the same.
+        A code c in the last bits of bfloat16's 128 makes 128 + c.
         """
-        num_padded, size = self.values.size(0), 2 * self.values.size(1)
-        num_blocks, step = num_padded // ROWS, GROUPS[-1]
-        in_steps = num_blocks, size // step, ROWS
-        values = self.values.reshape(-1, step // 2)
-        scales = self.scales.unflatten(1, (num_blocks, ROWS)).transpose(0, 1)
-        scales = scales.repeat_interleave(self.group // step, dim=1)
-        is_exact = dtype == self.scales.dtype == torch.bfloat16
-        if is_exact:
-            told = scales.reshape(1, -1, 2)
-        else:
-            told = torch.ones(1, len(values), 2, dtype=torch.bfloat16, device=values.device)
-            told[..., 1] = 0
-        identity = torch.eye(step, dtype=torch.bfloat16, device=values.device)
-        operator = torch.ops.aten._weight_int4pack_mm_for_cpu
-        found = operator(identity, values, step, told).view(step, *in_steps)
-        if not is_exact:
-            found = torch.addcmul(scales[..., 1].float(), found.float(), scales[..., 0].float())
-        weight = torch.empty(
-            size // step, step, num_blocks, ROWS, dtype=dtype, device=values.device
+        block, is_in_halves = layout()
+        num_padded, size = len(self.values), 2 * self.values.size(1)
+        pairs = self.values.view(num_padded // block, size, block // 2).transpose(0, 1)
+        order = (2, block // 2) if is_in_halves else (block // 2, 2)
+        codes = torch.empty(
+            self.group, num_padded // block, *order, dtype=torch.int16, device=pairs.device
         )
-        weight.copy_(found.permute(2, 0, 1, 3))
-        return weight.view(size, num_padded).T[: self.num_rows]
+        first, second = codes.unbind(2 if is_in_halves else 3)
+        numbers = codes.view(torch.bfloat16).view(self.group, num_padded)
+        scales, zeros = self.scales.permute(2, 0, 1).float().contiguous()
+        weight = torch.empty(size, num_padded, dtype=dtype, device=pairs.device)
+        targets = weight.split(self.group)
+        for those, scale, zero, out in zip(
+            pairs.split(self.group), scales, zeros, targets, strict=True
+        ):
+            both = those.to(torch.int16)
+            torch.bitwise_and(both, 15, out=first)
+            torch.bitwise_right_shift(both, 4, out=second)
+            codes.bitwise_or_(0x4300)
+            _scaled(numbers, scale, zero, out)
+        return weight.T[: self.num_rows]
 
 
-def packed(weight: Tensor, groups: Groups) -> "Int4Weight | Tensor":
+def _scaled(numbers: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> None:
+    """(numbers - 136) * scale + zero, in float32 and rounded once.
+
+    Args:
+        numbers: bfloat16 [num_inputs, num_rows]. scale, zero: float32 [num_rows].
+        out: of the numbers' shape, to be filled.
+    """
+    mean, variance = torch.full_like(scale, 128.0 + ZERO_CODE), torch.ones_like(scale)
+    if out.dtype == numbers.dtype:  # PyTorch's only way to do all that in one pass
+        unused = scale.new_empty(0), scale.new_empty(0)
+        how = scale, zero, mean, variance, False, 0.0, 0.0
+        torch.native_batch_norm(numbers, *how, out=(out, *unused))
+    else:
+        out.copy_(torch.addcmul(zero, numbers.float() - mean, scale))
+
+
+@cache
+def layout() -> tuple[int, bool]:
+    """Which codes share a byte on this machine, found out by packing some.
+
+    Returns:
+        Rows of a block, and if byte j of an input holds those of rows j and j + half a block, the
+        first in the lower bits; else of rows 2j and 2j + 1.
+
+    Raises:
+        ValueError: neither.
+    """
+    row = torch.arange(ROWS, dtype=torch.int32, device="cpu")[:, None]
+    codes = torch.cat((row % LEVELS, row // LEVELS), dim=1)
+    found = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1).flatten()
+    for block in (64, 32, 16):
+        blocks = codes.view(-1, block, codes.size(1)).transpose(1, 2)
+        for is_in_halves in (True, False):
+            first, second = (
+                blocks.chunk(2, dim=2) if is_in_halves else (blocks[..., ::2], blocks[..., 1::2])
+            )
+            if torch.equal((first + LEVELS * second).flatten().to(torch.uint8), found):
+                return block, is_in_halves
+    raise ValueError(f"quantization='int4': torch {torch.__version__} packs int4 weights otherwise")
+
+
+def packed(weight: Tensor, groups: Groups) -> Int4Weight | Tensor:
     """A matrix [num_rows, before + input_size + after], or a stack of them, as Int4Weight.
 
     Returns:
         Where a rank's part begins or ends within 32 inputs, which the operator cannot have: the
-        dequantised numbers of the part, as other ranks multiply by them.
+        dequantised numbers of the part, as other ranks multiply by theirs.
     """
-    *stack, num_rows, width = weight.shape
-    own = slice(groups.before, width - groups.after)
-    steps = (s for s in GROUPS if not (groups.size % s or own.start % s or own.stop % s))
-    step = next(steps, None)
-    if step is None:
-        plain = weight.new_empty(*stack, num_rows, own.stop - own.start)
-        for target, matrix in zip(_matrices(plain), _matrices(weight), strict=True):
-            for start, codes, scales in _quantized(matrix, groups.size):
-                wide = scales.repeat_interleave(groups.size, dim=1)[:, own].float()
-                numbers = wide[..., 1].addcmul(codes[:, own] - float(ZERO_CODE), wide[..., 0])
-                target[start : start + len(codes)] = numbers[: len(target) - start]
-        return plain
-    num_padded, size = -(-num_rows // ROWS) * ROWS, own.stop - own.start
-    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    values = torch.empty(*stack, num_padded, size // 2, dtype=torch.uint8, device=weight.device)
-    shape = *stack, size // step, num_padded, 2
-    all_scales = torch.empty(shape, dtype=dtype, device=weight.device)
-    targets = _matrices(values), all_scales.flatten(0, -4) if stack else all_scales[None]
-    for matrix, to_values, to_scales in zip(_matrices(weight), *targets, strict=True):
-        for start, codes, scales in _quantized(matrix, groups.size):
-            rows = slice(start, start + len(codes))
-            codes = codes[:, own].to(torch.int32).contiguous()
-            to_values[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-            scales = scales.repeat_interleave(groups.size // step, dim=1)
-            to_scales[:, rows] = scales[:, own.start // step : own.stop // step].transpose(0, 1)
-    return Int4Weight(values, all_scales, num_rows)
+    if weight.dim() == 2:
+        return _packed(weight, groups)
+    found = [_packed(matrix, groups) for matrix in weight]
+    matrices = [matrix for matrix in found if isinstance(matrix, Int4Weight)]
+    if not matrices:
+        return torch.stack([matrix for matrix in found if isinstance(matrix, Tensor)])
+    values, scales = ([getattr(m, name) for m in matrices] for name in ("values", "scales"))
+    return Int4Weight(torch.stack(values), torch.stack(scales), matrices[0].num_rows)
 
 
-def _matrices(stack: Tensor) -> Tensor:
-    return stack.flatten(0, -3) if stack.dim() > 2 else stack[None]
-
-
-def _quantized(weight: Tensor, group: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Rows of a matrix [num_rows, input_size], some at a time: the first one's index, and
-
-    their codes, float32 [rows, input_size]; scales and zeros, bfloat16 [rows, num_groups, 2]. The
-    last rows are padded with zeros.
-    """
-    num_rows, size = weight.shape
-    rows_at_once = max(ROWS, QUANTIZED_AT_ONCE // size // ROWS * ROWS)
-    for start in range(0, num_rows, rows_at_once):
-        rows = weight[start : start + rows_at_once].float()
-        grouped = F.pad(rows, (0, 0, 0, -len(rows) % ROWS)).unflatten(1, (-1, group))
+def _packed(weight: Tensor, groups: Groups) -> Int4Weight | Tensor:
+    """packed of one matrix."""
+    num_rows, width = weight.shape
+    start, stop = groups.before, width - groups.after
+    # Of a group that is cut each part has the scale of all of it: to the operator they are groups.
+    whole = (s for s in GROUPS if not (groups.size % s or start % s or stop % s))
+    step = next(whole, 1)
+    values, all_scales = [], []
+    rows_at_once = max(ROWS, QUANTIZED_AT_ONCE // width // ROWS * ROWS)
+    for rows in weight.split(rows_at_once):
+        rows = F.pad(rows.float(), (0, 0, 0, -len(rows) % ROWS))
+        grouped = rows.unflatten(1, (-1, groups.size))
         scales = _scales(grouped)
-        codes = _codes(grouped, scales)
-        yield start, codes.flatten(1), scales.to(torch.bfloat16)
+        codes = _codes(grouped, scales).flatten(1)[:, start:stop]
+        scales = scales.repeat_interleave(groups.size // step, dim=1)
+        scales = scales[:, start // step : stop // step]
+        if step == 1:
+            values.append((scales[..., 1] + (codes - ZERO_CODE) * scales[..., 0]).to(weight.dtype))
+            continue
+        codes = codes.to(torch.int32).contiguous()
+        values.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+        all_scales.append(scales.transpose(0, 1))
+    if step == 1:
+        return torch.cat(values)[:num_rows].contiguous()
+    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+    return Int4Weight(torch.cat(values), torch.cat(all_scales, dim=1).to(dtype), num_rows)
 
 
 def _scales(grouped: Tensor) -> Tensor:
-    """Scale and zero of each group [..., size]: float32 [..., 2], of numbers that bfloat16 has."""
+    """Scale and zero of each group [..., size]: float32 [..., 2], of numbers that bfloat16 has.
+
+    The levels reach from the least number to the largest. Leaving out the outermost, where that
+    lessens the squares of the errors, lessens these by a tenth, but the trained checkpoint's
+    answers became no likelier: see docs/benchmarks.md.
+    """
     low, high = grouped.aminmax(dim=-1)
-    found, least = torch.empty(0), torch.empty(0)
-    for shrink in SHRINKS:
-        scale = high * (shrink / (LEVELS - 1)) - low * (shrink / (LEVELS - 1))
-        middle = high / 2 + low / 2
-        zero = middle + scale * (ZERO_CODE - (LEVELS - 1) / 2)
-        tried = torch.stack((scale, zero), dim=-1).to(torch.bfloat16).float()
-        if len(SHRINKS) == 1:
-            return tried
-        error = (_numbers(_codes(grouped, tried), tried) - grouped).square_().sum(dim=-1)
-        if not len(found):
-            found, least = tried, error
-        is_better = error < least
-        found = torch.where(is_better[..., None], tried, found)
-        least = torch.where(is_better, error, least)
-    return found
+    scale = high / (LEVELS - 1) - low / (LEVELS - 1)
+    zero = low + ZERO_CODE * scale
+    return torch.stack((scale, zero), dim=-1).to(torch.bfloat16).float()
 
 
 def _codes(grouped: Tensor, scales: Tensor) -> Tensor:
@@ -236,9 +258,3 @@ def _codes(grouped: Tensor, scales: Tensor) -> Tensor:
     scale, zero = scales[..., None].unbind(-2)
     steps = (grouped - zero) / scale.masked_fill(scale == 0, 1.0)
     return steps.round_().add_(ZERO_CODE).clamp_(0, LEVELS - 1)
-
-
-def _numbers(codes: Tensor, scales: Tensor) -> Tensor:
-    """What codes [..., size] of groups stand for."""
-    scale, zero = scales[..., None].unbind(-2)
-    return zero.addcmul(codes - ZERO_CODE, scale)
