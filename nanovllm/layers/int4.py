@@ -20,6 +20,7 @@ ZERO_CODE = 8
 # Measured on two cores of an EPYC with avx512_bf16. The operator has no fast code for other dtypes.
 MOST_FEW = 64
 QUANTIZED_AT_ONCE = 1 << 22  # numbers, for which scratch memory is taken
+CODES_AT_ONCE = 1 << 20  # that are spread to two bytes each
 DEQUANTIZED_AT_ONCE = 1 << 22  # 8 MiB of them stay in the cache till they are multiplied
 
 
@@ -132,25 +133,23 @@ class Int4Weight:
         A code c in the last bits of bfloat16's 128 makes 128 + c.
         """
         block, is_in_halves = layout()
-        num_padded, size = len(self.values), 2 * self.values.size(1)
+        num_padded, size, group = len(self.values), 2 * self.values.size(1), self.group
         pairs = self.values.view(num_padded // block, size, block // 2).transpose(0, 1)
-        order = (2, block // 2) if is_in_halves else (block // 2, 2)
-        codes = torch.empty(
-            self.group, num_padded // block, *order, dtype=torch.int16, device=pairs.device
-        )
-        first, second = codes.unbind(2 if is_in_halves else 3)
-        numbers = codes.view(torch.bfloat16).view(self.group, num_padded)
         scales, zeros = self.scales.permute(2, 0, 1).float().contiguous()
         weight = torch.empty(size, num_padded, dtype=dtype, device=pairs.device)
-        targets = weight.split(self.group)
-        for those, scale, zero, out in zip(
-            pairs.split(self.group), scales, zeros, targets, strict=True
-        ):
-            both = those.to(torch.int16)
+        at_once = max(1, CODES_AT_ONCE // (num_padded * group)) * group  # whole groups of inputs
+        order = (2, block // 2) if is_in_halves else (block // 2, 2)
+        for start in range(0, size, at_once):
+            both = pairs[start : start + at_once].to(torch.int16)
+            codes = both.new_empty(*both.shape[:2], *order)
+            first, second = codes.unbind(2 if is_in_halves else 3)
             torch.bitwise_and(both, 15, out=first)
             torch.bitwise_right_shift(both, 4, out=second)
-            codes.bitwise_or_(0x4300)
-            _scaled(numbers, scale, zero, out)
+            numbers = codes.bitwise_or_(0x4300).view(torch.bfloat16).view(len(both), num_padded)
+            for inputs in range(0, len(both), group):
+                index, part = (start + inputs) // group, slice(inputs, inputs + group)
+                out = weight[start:][part]
+                _scaled(numbers[part], scales[index], zeros[index], out)
         return weight.T[: self.num_rows]
 
 
