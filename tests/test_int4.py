@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,12 @@ from nanovllm.layers.int4 import Groups, Int4Weight, packed
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GatedLinear, Linear, RowParallelLinear
 from nanovllm.model_config import Quantization
+from nanovllm.utils import quantization
 from nanovllm.utils.parallel import RankGroup
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import bench
 
 INT4 = Quantization("int4")
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -136,6 +142,7 @@ def test_parts_of_ranks_are_quantised_as_the_whole(size: int, num_ranks: int) ->
     if size % num_ranks:
         pytest.skip("no such split")
     weight, part = randn(20, size), size // num_ranks
+    weight[3] = 0.0
     whole = Groups.of(size)
     assert whole is not None
     expected = levels(weight, whole.size)
@@ -206,6 +213,18 @@ def test_what_stands_around_a_product(
     assert relative_error(y, exact) < 2 * TOLERANCE[dtype]
     if "out" in arguments:
         assert y.data_ptr() == arguments["out"].data_ptr()
+
+
+def test_without_bfloat16_instructions_many_tokens_are_multiplied_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, x = randn(70, 96).bfloat16(), randn(100, 96).bfloat16()
+    layer, exact = layer_of(Linear, weight), x.double() @ levels(weight, 32).double().T
+    monkeypatch.setattr(int4, "multiplies_bfloat16", lambda: False)
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    # Rounded once: the numbers of the weight were not.
+    assert y.double().sub(exact).abs().le(exact.abs() / 256 + 1e-4).all()
 
 
 def test_a_layer_can_be_filled_again() -> None:
@@ -375,6 +394,66 @@ def test_numbers_that_are_not_finite_are_refused(
         LLM(str(model), **OPTIONS)
 
 
+def test_fp8_weights_of_a_checkpoint_become_int4(
+    checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """But for the head, which it keeps; ranks are refused that would cut a group."""
+    spec = ModelSpec(hidden_size=256, intermediate_size=384, vocab_size=300)
+    stored_fp8, plain = tmp_path / "fp8", tmp_path / "plain"
+    for directory in (stored_fp8, plain):
+        shutil.copytree(checkpoint(spec), directory)
+    tensors = load_file(plain / "model.safetensors")
+    numbers = dict(tensors)
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        values, scales = quantization.quantize(tensors[name], name)
+        tensors |= {name: values.contiguous(), name + quantization.SCALES_SUFFIX: scales}
+        wide = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        numbers[name] = values.float() * wide[: values.size(0), : values.size(1)]
+    save_file(tensors, stored_fp8 / "model.safetensors")
+    save_file(numbers, plain / "model.safetensors")
+    how = {
+        "quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic",
+        "modules_to_not_convert": ["lm_head"],
+    }  # fmt: skip
+    edit_json(stored_fp8 / "config.json", quantization_config=how)
+    prompts = random_prompts([30, 9], 300)
+    with LLM(str(plain), **OPTIONS) as llm:
+        expected = stored(llm)
+        assert llm.model_runner is not None
+        weights = dict(llm.model_runner.model.named_parameters())
+    with LLM(str(stored_fp8), **OPTIONS) as llm:
+        assert stored(llm) == expected | {"lm_head.weight": torch.float32}
+        assert llm.model_runner is not None
+        for name, parameter in llm.model_runner.model.named_parameters():
+            if "lm_head" not in name and not parameter.is_mkldnn:
+                assert torch.equal(parameter, weights[name]), name
+        before = completions(llm, prompts, max_tokens=8)
+        llm.load_weights(stored_fp8)
+        assert completions(llm, prompts, max_tokens=8) == before
+    with pytest.raises(ValueError, match="2 ranks cut a group of 128 inputs"):
+        LLM(str(stored_fp8), **OPTIONS, tensor_parallel_size=2)
+
+
+def test_the_floor_counts_the_bytes_that_are_stored(checkpoint: CheckpointFactory) -> None:
+    machine = bench.Machine(read_bytes_per_s=1e9, flops_per_s=1e10)
+    floors = {}
+    for kind in ("auto", "int4"):
+        options = OPTIONS | {"dtype": "bfloat16", "quantization": kind}
+        with LLM(str(checkpoint(SPECS["experts"])), **options) as llm:
+            floors[kind] = bench.Floor(llm, machine)
+            assert llm.model_runner is not None
+            named = dict(llm.model_runner.model.named_parameters())
+    same = ("flops_per_token", "flops_per_last", "flops_per_logits", "token_bytes")
+    for name in same:
+        assert getattr(floors["int4"], name) == getattr(floors["auto"], name)
+    nbytes = {n: p.nbytes for n, p in named.items() if "experts" not in n and "embed" not in n}
+    assert floors["int4"].weight_bytes == sum(nbytes.values())
+    # 307 rows of the head are 320, of 64 inputs each, in one group.
+    assert nbytes["lm_head.weight"] + nbytes["lm_head.scales"] == 320 * (64 // 2 + 4)
+    # 6 experts: gate and up 2 * 96 rows of 64 inputs, down 64 rows of 96 in three groups.
+    assert floors["int4"].expert_bytes == 192 * (32 + 4) + 64 * (48 + 3 * 4)
+
+
 def test_it_is_for_cpus(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match="quantization='int4' needs a CPU, got device='cuda'"):
         Config(tiny_model, device="cuda", quantization="int4")
@@ -404,14 +483,14 @@ def test_the_trained_checkpoint_keeps_its_answers(capsys: pytest.CaptureFixture[
     chats = [[{"role": "user", "content": sample.prompt}] for sample in samples]
     params = SamplingParams(temperature=0.0, max_tokens=400, logprobs=0)
     right, probability = {}, {}
-    for quantization in ("auto", "int4"):
+    for kind in ("auto", "int4"):
         options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 1024}
-        with LLM(str(TINY), **options, quantization=quantization) as llm:
+        with LLM(str(TINY), **options, quantization=kind) as llm:
             outputs = llm.chat(chats, params, use_tqdm=False)
         pairs = zip(outputs, samples, strict=True)
-        right[quantization] = sum(output["text"] == sample.answer for output, sample in pairs)
+        right[kind] = sum(output["text"] == sample.answer for output, sample in pairs)
         sums = [sum(max(d.values()) for d in output["logprobs"]) for output in outputs]
-        probability[quantization] = torch.tensor(sums).exp().mean().item()
+        probability[kind] = torch.tensor(sums).exp().mean().item()
     with capsys.disabled():
         print(f"\nright of {len(samples)}: {right}; probability of the answer: {probability}")
     assert right["int4"] >= right["auto"] - 0.02 * len(samples)

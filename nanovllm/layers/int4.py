@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.utils.device import multiplies_bfloat16
+
 OPERATORS = "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"
 GROUPS = (128, 64, 32)  # inputs that may share a scale, the best first; the operator takes no less
 ROWS = 64  # whole blocks on any machine: outputs are padded
@@ -112,6 +114,8 @@ class Int4Weight:
 
     def many(self, x: Tensor) -> Tensor:
         """`linear` by the dequantised weight, or one part of its rows after the other."""
+        if x.dtype == torch.bfloat16 and not multiplies_bfloat16():  # 60 times as slow as float32
+            return self.many(x.float()).to(x.dtype)
         num_parts = -(-self.num_rows * x.size(1) // DEQUANTIZED_AT_ONCE)
         if num_parts <= 1:
             return x @ self.dequantized(x.dtype).T
