@@ -359,13 +359,25 @@ def test_new_weights_give_what_a_fresh_engine_gives(
 @pytest.mark.parametrize(
     "spec",
     [
-        ModelSpec(tied=True, hidden_size=96, intermediate_size=192, vocab_size=300),  # cut at 96
-        ModelSpec(
-            kind="Qwen3Moe", vocab_size=300, more=(*EXPERTS[:2], ("moe_intermediate_size", 64 * 3))
+        pytest.param(
+            ModelSpec(tied=True, hidden_size=96, intermediate_size=192, vocab_size=300),
+            id="cut groups",
         ),
-        ModelSpec(intermediate_size=32, head_dim=16, num_heads=4, vocab_size=300),  # cut at 16
+        pytest.param(
+            ModelSpec(
+                kind="Qwen3Moe",
+                vocab_size=300,
+                more=(*EXPERTS[:2], ("moe_intermediate_size", 192)),
+            ),
+            id="experts",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ModelSpec(intermediate_size=32, head_dim=16, num_heads=4, vocab_size=300),
+            id="parts that no group fits",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["cut groups", "experts", "parts that no group fits"],
 )
 def test_two_ranks_give_the_same_tokens(spec: ModelSpec, checkpoint: CheckpointFactory) -> None:
     model, prompts = checkpoint(spec), random_prompts([30, 9], spec.vocab_size)
