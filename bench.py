@@ -65,6 +65,7 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument("--device", default="auto")
     engine.add_argument("--dtype", default="auto")
     engine.add_argument("--attention-backend", default="auto")
+    engine.add_argument("--kv-cache-dtype", default="auto")
     engine.add_argument("--enforce-eager", action="store_true")
     engine.add_argument("--max-model-len", type=int, default=4096)
     engine.add_argument("--max-num-seqs", type=int, default=512)
@@ -161,7 +162,8 @@ class Floor:
         # Where ranks share the model, each at the same time has its part to read and to compute.
         self.part: ModelConfig = llm.model_runner.part
         self.block_size = llm.config.kvcache_block_size
-        model, kv_cache = llm.model_runner.model, llm.model_runner.kv_cache
+        model = llm.model_runner.model
+        stored = llm.model_runner.kv_cache, llm.model_runner.kv_scales
         embedding = model.model.embed_tokens.weight
         config, layers = self.part, model.model.layers
         experts = [
@@ -172,7 +174,7 @@ class Floor:
         self.weight_bytes = num_bytes(model.parameters()) - num_bytes(experts)
         if model.lm_head.weight is not embedding:
             self.weight_bytes -= embedding.nbytes
-        self.token_bytes = kv_cache[:, :, 0, 0].nbytes
+        self.token_bytes = sum(x[:, :, 0, 0].nbytes for x in stored if x.numel())
         self.expert_shares = expert_shares
         self.expert_bytes = num_chosen = 0
         if config.experts is not None:
@@ -182,27 +184,27 @@ class Floor:
 
         def weights(module: nn.Module) -> tuple[int, int]:
             """Those that a token is multiplied with: outside experts, and of the chosen ones."""
-            stored = (part for part in module.modules() if isinstance(part, StoredWeight))
-            shapes = [part.own_shape for part in stored]
+            parts = (part for part in module.modules() if isinstance(part, StoredWeight))
+            shapes = [part.own_shape for part in parts]
             dense = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
             one_each = sum(math.prod(shape[1:]) for shape in shapes if len(shape) == 3)
             return dense, num_chosen * one_each
 
         self.flops_per_token = 2 * sum(weights(layers))
-        kv_weights = 2 * config.num_kv_heads * config.head_dim * config.hidden_size
+
         # Beyond K and V in the last layer.
-        all_dense, sparse = weights(layers[-1])
-        dense = all_dense - kv_weights
+        kv_rows = 2 * config.num_kv_heads * config.head_dim
+        dense, sparse = weights(layers[-1])
+        dense -= kv_rows * config.hidden_size
         self.flops_per_last = 2 * (dense + sparse)
         self.flops_per_logits = 2 * embedding.numel()
         # Weights that only tokens which are sampled from pass through: the last layer's, the head.
         # Its experts count as those of a layer, by number of sequences: see _touched_experts.
-        last = (
-            p for part in layers[-1].modules() if isinstance(part, Linear)
-            for name, p in part.named_parameters() if name != "bias"
-        )  # fmt: skip
-        self.last_bytes = num_bytes(last) * dense // all_dense
-        self.last_bytes += num_bytes(model.lm_head.parameters())
+        linears = [part for part in layers[-1].modules() if isinstance(part, Linear)]
+        qkv_proj = layers[-1].self_attn.qkv_proj
+        self.last_bytes = sum(map(matrix_bytes, linears))
+        self.last_bytes -= matrix_bytes(qkv_proj) * kv_rows // qkv_proj.own_shape[0]
+        self.last_bytes += matrix_bytes(model.lm_head)
         self.last_has_experts = bool(sparse)
         self.weights_s = self.kv_s = self.prefill_s = self.linear_s = 0.0
         self.num_decode_steps = self.num_prefill_steps = 0
@@ -286,6 +288,11 @@ class Floor:
 def num_bytes(parameters: Iterable[Tensor]) -> int:
     """That are read, if all of them are."""
     return sum(parameter.nbytes for parameter in parameters)
+
+
+def matrix_bytes(layer: Linear) -> int:
+    """Of its weight and its scales."""
+    return num_bytes(p for name, p in layer.named_parameters() if name != "bias")
 
 
 def _samples(batch: Batch) -> bool:
@@ -478,6 +485,7 @@ def description(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
         "output_len": [args.min_output_len, args.max_output_len],
         "dtype": str(llm.model_runner.dtype).removeprefix("torch."),
         "quantization": None if quantization is None else quantization.method,
+        "kv_cache_dtype": llm.config.kv_cache_dtype,
         "device": torch.cuda.get_device_name(device) if on_cuda else processor(),
         "ranks": llm.config.tensor_parallel_size,
         "threads": None if on_cuda else torch.get_num_threads(),
@@ -516,6 +524,7 @@ def main() -> None:
         device=args.device,
         dtype=args.dtype,
         attention_backend=args.attention_backend,
+        kv_cache_dtype=args.kv_cache_dtype,
         enforce_eager=args.enforce_eager,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,

@@ -58,7 +58,9 @@ SAMPLING = {
     "seed": int, "stop": str,
 }  # fmt: skip
 # Options of the engine that change results by more than rounding.
-ENGINE_OPTIONS_OF_RESULTS = ("max_model_len", "eos", "dtype", "load_format", "quantization")
+ENGINE_OPTIONS_OF_RESULTS = (
+    "max_model_len", "eos", "dtype", "kv_cache_dtype", "load_format", "quantization",
+)  # fmt: skip
 RESULT = pa.schema(
     {
         "text": pa.string(),

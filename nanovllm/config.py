@@ -15,6 +15,7 @@ logger = logging.getLogger("nanovllm")
 
 QUANTIZATIONS = ("fp8", "int4")
 ATTENTION_BACKENDS = ("torch", "flash_attn", "triton")
+KV_CACHE_DTYPES = ("auto", "fp8")
 BLOCK_SIZE_STEP = 16
 # The least and the most of each.
 INT_OPTIONS: dict[str, tuple[int, int | None]] = {
@@ -40,6 +41,7 @@ class Options(TypedDict, total=False):
     tensor_parallel_size: int
     kvcache_block_size: int
     num_kvcache_blocks: int
+    kv_cache_dtype: str
     eos: int
     device: str
     dtype: str
@@ -65,6 +67,8 @@ class Config:
             model's heads, its MLPs' size and its vocabulary.
         kvcache_block_size: token positions in a KV block, a multiple of 16 (of 256 for flash_attn).
         num_kvcache_blocks: size of the KV pool; -1: as much as the memory allows.
+        kv_cache_dtype: "auto" (the model's) or "fp8": K and V are rounded to e4m3 and take half of
+            bfloat16's memory (see layers.kv_quantization). Not with flash_attn.
         eos: the one id that ends a sequence; -1: those of the tokenizer, config.json and
             generation_config.json.
         device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda" or "cuda:N".
@@ -90,6 +94,7 @@ class Config:
     tensor_parallel_size: int = 1
     kvcache_block_size: int = 256
     num_kvcache_blocks: int = -1
+    kv_cache_dtype: str = "auto"
     eos: int = -1
     device: str = "auto"
     dtype: str = "auto"
@@ -159,6 +164,7 @@ class Config:
             )
         _require_choice("dtype", self.dtype, ("auto", *DTYPES))
         _require_choice("attention_backend", self.attention_backend, ("auto", *ATTENTION_BACKENDS))
+        _require_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
         _require_choice("quantization", self.quantization, ("auto", *QUANTIZATIONS))
 
@@ -171,6 +177,11 @@ class Config:
             if self.dtype == "float32":
                 raise ValueError(
                     "attention_backend='flash_attn' needs float16 or bfloat16, got dtype='float32'"
+                )
+            if self.kv_cache_dtype == "fp8":
+                raise ValueError(
+                    "attention_backend='flash_attn' cannot read an FP8 cache, got "
+                    "kv_cache_dtype='fp8'"
                 )
             if self.kvcache_block_size % FLASH_BLOCK_STEP:
                 raise ValueError(

@@ -116,6 +116,11 @@ class Quantization(NamedTuple):
     def quantizes_head(self) -> bool:
         return self.method == "int4" and not self.keeps("lm_head")
 
+    def __str__(self) -> str:
+        how = "as stored" if self.is_stored else "while loading"
+        kept = ", ".join(self.kept[:3]) + (", ..." if len(self.kept) > 3 else "")
+        return f"{self.method} {how}" + (f" but for {kept}" if kept else "")
+
     def keeps(self, name: str) -> bool:
         """True if a module's weights stay as they are."""
         return any(
@@ -267,7 +272,7 @@ class ModelConfig:
             "dtype", "eos_token_ids", "max_position_embeddings",
         }  # fmt: skip
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in told_apart}
-        return [f"{name} {a!r}, not {b!r}" for name, (a, b) in sorted(pairs.items()) if a != b]
+        return [f"{name} {a}, not {b}" for name, (a, b) in sorted(pairs.items()) if a != b]
 
 
 def _architecture_name(raw: Mapping[str, Any]) -> str:

@@ -9,10 +9,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import gc
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence
+from nanovllm.utils.quantization import quantize
 
 # The models are so small that a second thread gains nothing, and where the cores are shared the
 # threads' waiting for one another makes it 60 times slower.
@@ -291,6 +294,73 @@ def save_checkpoint(spec: ModelSpec, directory: Path) -> Path:
 
 CheckpointFactory = Callable[[ModelSpec], Path]
 
+FP8_CONFIG = {
+    "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+}  # fmt: skip
+
+
+def tensors_of(model_dir: Path) -> dict[str, Tensor]:
+    """Everything in a checkpoint's files."""
+    tensors: dict[str, Tensor] = {}
+    for path in model_dir.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def save_tensors(source: Path, target: Path, files: dict[str, dict[str, Tensor]]) -> Path:
+    """A copy of a checkpoint with other tensors: by the name of their file, several of an index."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    for file, tensors in files.items():
+        save_file(tensors, target / file)
+    if len(files) > 1:
+        weight_map = {name: file for file, tensors in files.items() for name in tensors}
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (target / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    return target
+
+
+def save_fp8(source: Path, target: Path, kept: Iterable[str] = (), in_shards: bool = False) -> Path:
+    """A checkpoint as Qwen publishes its FP8 ones: the layers' weights in blocks, but for routers.
+
+    Args:
+        kept: names of modules, or their ends, that are not quantised.
+        in_shards: in two files, and the scales not in that of their weight.
+    """
+    tensors = tensors_of(source)
+    files: list[dict[str, Tensor]] = [{}, {}]
+    for number, (name, tensor) in enumerate(sorted(tensors.items())):
+        file, other = number % 2 * in_shards, (number + 1) % 2 * in_shards
+        module = name.removesuffix(".weight")
+        is_layers = name.startswith("model.layers.") and tensor.dim() == 2
+        if is_layers and not module.endswith((".mlp.gate", *kept)):
+            tensor, files[other][f"{name}_scale_inv"] = quantize(tensor, name)
+        files[file][name] = tensor.contiguous()
+    names = [f"model-{number}-of-2.safetensors" for number in (1, 2)]
+    save_tensors(
+        source,
+        target,
+        dict(zip(names if in_shards else ["model.safetensors"], files, strict=False)),
+    )
+    kept = ["lm_head", *kept]
+    edit_json(
+        target / "config.json", quantization_config={**FP8_CONFIG, "modules_to_not_convert": kept}
+    )
+    return target
+
+
+def save_dequantized(source: Path, target: Path) -> Path:
+    """What an FP8 checkpoint stands for, as a plain one in float32."""
+    tensors = tensors_of(source)
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        weight = tensors[name.removesuffix("_scale_inv")].float()
+        blocks = tensors.pop(name).repeat_interleave(128, 0).repeat_interleave(128, 1)
+        scales = blocks[: weight.size(0), : weight.size(1)]
+        tensors[name.removesuffix("_scale_inv")] = weight * scales
+    save_tensors(source, target, {"model.safetensors": tensors})
+    edit_json(target / "config.json", quantization_config=...)
+    return target
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
@@ -365,6 +435,16 @@ def trained_llm(
     shared_trained_llm.scheduler.start_over([])
     yield shared_trained_llm
     assert is_idle(shared_trained_llm)
+
+
+@pytest.fixture
+def clean_gpu() -> Iterator[None]:
+    """Nothing of an earlier test on the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 # --- the engine, watched ---------------------------------------------------------------------

@@ -255,6 +255,7 @@ def test_no_rows_give_an_empty_file(
         ({"stop": "x"}, "stop"),
         ({"max_tokens": 7}, "max_tokens"),
         ({"load_format": "dummy"}, "load_format"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
     ],
     ids=str,
 )

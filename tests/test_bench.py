@@ -13,6 +13,7 @@ import torch
 from conftest import CheckpointFactory, ModelSpec, random_prompts, watched
 
 from nanovllm import SamplingParams
+from nanovllm.layers import stored_weight
 from nanovllm.layers.moe import MoE, route
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +108,48 @@ def test_the_floor_of_a_last_layer_with_and_without_experts(
         assert floor.last_bytes == FLOAT32 * read
 
 
+@pytest.mark.parametrize("kind", ["Qwen3", "Qwen3Moe"])
+@pytest.mark.parametrize("is_kept", [True, False], ids=["FP8", "dequantised"])
+def test_of_fp8_weights_the_bytes_are_those_that_are_stored(
+    is_kept: bool, kind: str, checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = (("num_experts", 4), ("num_experts_per_tok", 2), ("moe_intermediate_size", 96))
+    model = checkpoint(ModelSpec(kind, more=more if kind == "Qwen3Moe" else ()))
+    shares = [torch.full((4,), 0.5)] * 2 if kind == "Qwen3Moe" else []
+    with watched(model) as (llm, _):
+        plain = bench.Floor(llm, MACHINE, shares)
+    if is_kept:  # as on a GPU that has kernels for them
+        monkeypatch.setattr(stored_weight, "is_kept", lambda *_: True)
+    with watched(model, quantization="fp8") as (llm, _):
+        floor = bench.Floor(llm, MACHINE, shares)
+        config, layers = llm.config.model_config, llm.model_runner.model.model.layers
+    assert floor.flops_per_token == plain.flops_per_token
+    assert floor.flops_per_last == plain.flops_per_last
+    if not is_kept:
+        assert (floor.weight_bytes, floor.last_bytes, floor.expert_bytes) == (
+            plain.weight_bytes, plain.last_bytes, plain.expert_bytes
+        )  # fmt: skip
+        return
+    assert layers[0].self_attn.o_proj.weight.dtype == torch.float8_e4m3fn
+
+    def saved(*shapes: tuple[int, int, int, int]) -> int:
+        """By weights of so many rows and inputs, in blocks of so many."""
+        return sum(
+            3 * m * n - FLOAT32 * (m // rows) * (n // inputs) for m, n, rows, inputs in shapes
+        )
+
+    size, width = config.hidden_size, config.num_kv_heads * config.head_dim
+    q_size, mlp = 2 * width, config.intermediate_size
+    attention = [(q_size, size, 64, 64), (size, q_size, 64, 128)]
+    gated = [(2 * mlp, size, 32, 64), (size, mlp, 64, 32)]
+    dense = gated if kind == "Qwen3" else []
+    assert plain.weight_bytes - floor.weight_bytes == 2 * saved(
+        *attention, (2 * width, size, 64, 64), *dense
+    )
+    assert plain.last_bytes - floor.last_bytes == saved(*attention, *dense)
+    assert plain.expert_bytes - floor.expert_bytes == (saved(*gated) if kind == "Qwen3Moe" else 0)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_decode_floor_is_weights_and_keys_and_values(
     checkpoint: CheckpointFactory, tied: bool
@@ -140,6 +183,16 @@ def test_shared_blocks_count_once(tiny_model: Path) -> None:
         ]
         # 32 shared tokens, then 8, 13 and 10 of their own.
         assert floor._distinct_tokens(SimpleNamespace(items=items)) == 32 + 8 + 13 + 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_floor_of_an_fp8_cache_is_its_values_and_their_scales(
+    dtype: str, tiny_model: Path
+) -> None:
+    with watched(tiny_model, kv_cache_dtype="fp8", dtype=dtype) as (llm, _):
+        config = llm.config.model_config
+        rows = 2 * config.num_layers * config.num_kv_heads
+        assert bench.Floor(llm, MACHINE).token_bytes == rows * (config.head_dim + 1)
 
 
 def floor_of_two_chunks(model: Path, machine: bench.Machine) -> tuple[bench.Floor, float]:

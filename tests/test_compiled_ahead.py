@@ -151,6 +151,8 @@ CASES: list[tuple[Machine, dict[str, Any]]] = [
     (H100, {"max_model_len": 3, "max_num_seqs": 1}),
     (H100, {"max_num_batched_tokens": 100, "kvcache_block_size": 16}),
     (H100, {"model": EXPERTS}),
+    (H100, {"kv_cache_dtype": "fp8"}),
+    (OTHER, {"kv_cache_dtype": "fp8", "dtype": "float16"}),
     (OTHER, {"model": EXPERTS, "max_num_seqs": 9}),
     (H100._replace(backend="torch"), {"max_num_batched_tokens": 64, "max_num_seqs": 300}),
     (H100._replace(backend="torch"), {"max_model_len": 30}),

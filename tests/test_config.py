@@ -80,6 +80,7 @@ def test_defaults_are_those_of_nano_vllm(model_dir: ConfigFactory) -> None:
     assert config.device == "auto"
     assert config.dtype == "auto"
     assert config.attention_backend == "auto"
+    assert config.kv_cache_dtype == "auto"
     assert config.load_format == "auto"
 
 
@@ -125,6 +126,8 @@ BAD_OPTIONS: list[tuple[str, object, type[Exception], str]] = [
     ("dtype", None, ValueError, "'float32', 'float16', 'bfloat16'"),
     ("attention_backend", "xformers", ValueError, "'torch'"),
     ("attention_backend", None, ValueError, "'flash_attn'"),
+    ("kv_cache_dtype", "fp16", ValueError, "'auto', 'fp8'"),
+    ("kv_cache_dtype", None, ValueError, "'auto', 'fp8'"),
     ("load_format", "pt", ValueError, "'auto', 'dummy'"),
     ("load_format", ["dummy"], ValueError, "'auto', 'dummy'"),
 ]
@@ -145,6 +148,7 @@ def test_a_bad_option_is_refused_with_its_value_and_what_is_allowed(
         ({"device": "cpu"}, ["needs CUDA", "'cpu'"]),
         ({"dtype": "float32"}, ["float16 or bfloat16", "'float32'"]),
         ({"kvcache_block_size": 272}, ["multiple of 256", "272"]),
+        ({"kv_cache_dtype": "fp8"}, ["cannot read an FP8 cache", "'fp8'"]),
     ],
     ids=str,
 )

@@ -173,6 +173,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dtype": "int8"}, ValueError, "dtype must be one of .*, got 'int8'"),
     ({"attention_backend": "x"}, ValueError, "attention_backend must be one of .*, got 'x'"),
     ({"attention_backend": "flash_attn"}, ValueError, "'flash_attn' needs CUDA"),
+    ({"kv_cache_dtype": "int8"}, ValueError, "kv_cache_dtype must be one of .*, got 'int8'"),
     ({"load_format": "gguf"}, ValueError, "load_format must be one of .*, got 'gguf'"),
 ]
 

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, CheckpointFactory, ModelSpec, Tally, ask, completions, random_prompts
+from conftest import (
+    TINY,
+    CheckpointFactory,
+    ModelSpec,
+    Tally,
+    ask,
+    completions,
+    random_prompts,
+    save_dequantized,
+    save_fp8,
+)
 from test_gpu import GpuReference, compare_tokens, name_of
 from test_parallel import experts, is_running, shared_files, wide, workers
 
@@ -58,6 +68,23 @@ def test_tokens_are_those_of_transformers(
         for what, number in zip(("positions", "near-ties", "others"), found, strict=True):
             tally.count(f"{size} GPUs {spec.kind} {name_of(dtype)}: {what}", number)
         assert found.num_others <= (found.num_positions // 100 if "Moe" in spec.kind else 0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[2]], ids=str)
+def test_ranks_that_share_fp8_weights_choose_the_tokens_of_transformers(
+    spec: ModelSpec, size: int, checkpoint: CheckpointFactory, tmp_path: Path, tally: Tally
+) -> None:
+    """In steps of up to 64 tokens, in which activations are not rounded to e4m3."""
+    model = save_fp8(checkpoint(spec), tmp_path / "fp8")
+    reference = GpuReference(torch.bfloat16, save_dequantized(model, tmp_path / "plain"))
+    prompts = random_prompts([1, 2, 16, 17, 60, *range(20, 34)], spec.vocab_size, seed=5)
+    with engine(model, size, dtype="bfloat16", max_num_batched_tokens=64) as llm:
+        outputs = completions(llm, prompts, max_tokens=60)
+    found = compare_tokens(reference, prompts, outputs)
+    for what, number in zip(("positions", "near-ties", "others"), found, strict=True):
+        tally.count(f"{size} GPUs FP8 {spec.kind}: {what}", number)
+    assert found.num_others <= (found.num_positions // 100 if "Moe" in spec.kind else 0)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -28,9 +28,12 @@ from torch import Tensor
 from nanovllm import kernels
 from nanovllm.engine.batch_layout import dry_prefills
 from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.attention import qk_norm_rope_store as twin_qk_norm_rope_store
+from nanovllm.layers.attention import store_kvcache as twin_store_kvcache
 from nanovllm.layers.attention import triton_prefill_sizes
 from nanovllm.layers.embed_head import LMHead, resolve_and_embed
 from nanovllm.layers.filters import Filters, kept_threshold
+from nanovllm.layers.kv_quantization import dequantize, quantize
 from nanovllm.layers.layernorm import RMSNorm, rms_norm
 from nanovllm.layers.linear import GatedLinear, Linear
 from nanovllm.layers.moe import route as twin_route
@@ -359,9 +362,10 @@ def test_hopper_prefill_is_used_where_it_was_measured(monkeypatch: pytest.Monkey
         block_size: int = 0,
         head_dim: int = 128,
         dtype: torch.dtype = torch.bfloat16,
+        key_dtype: torch.dtype = torch.bfloat16,
     ) -> bool:
         query = torch.empty(sum(lengths), 16, head_dim, dtype=dtype)
-        return hopper_attention.is_faster(query, lengths, block_size)
+        return hopper_attention.is_faster(query, query.to(key_dtype), lengths, block_size)
 
     monkeypatch.setattr(hopper_attention, "is_hopper", lambda _: True)
     assert is_faster([1024] * 4)
@@ -371,6 +375,7 @@ def test_hopper_prefill_is_used_where_it_was_measured(monkeypatch: pytest.Monkey
     assert not is_faster([1024] * 4, block_size=64)
     assert not is_faster([1024] * 4, head_dim=64)
     assert not is_faster([1024] * 4, dtype=torch.float32)
+    assert not is_faster([1024] * 4, block_size=256, key_dtype=torch.uint8)
     monkeypatch.setattr(hopper_attention, "is_hopper", lambda _: False)
     assert not is_faster([1024] * 4)
 
@@ -396,6 +401,199 @@ def test_offsets_past_32_bits() -> None:
 
         tiles = query_tiles_of([1], [600])
         assert close(hopper_prefill(query, cache, cache, tiles, 128**-0.5, table), ref)
+
+
+# ---- an FP8 cache
+
+
+class Fp8Cache(Cache):
+    """In `pool` the same in FP8: bytes of K and V, and scales; in k and v, what that stands for.
+
+    Rows are of many sizes, some are zeros; values are small, in float16 their scales very small.
+    Where nothing lies are NaN and infinite scales.
+    """
+
+    def __init__(self, shape: Shape, lengths: list[int], dtype: torch.dtype) -> None:
+        super().__init__(shape, lengths, dtype)
+        for x, sizes in ((self.k, (-12, 2)), (self.v, (-14, -9))):
+            x *= 2.0 ** torch.randint(*sizes, (*x.shape[:-1], 1), device=DEVICE)
+            x[:, 3::7] *= 0
+        (k, k_scales), (v, v_scales) = quantize(self.k), quantize(self.v)
+        assert 255 in k_scales
+        assert 1 in v_scales
+        self.pool = k, v
+        self.scales: dict[str, Any] = {"k_scales": k_scales, "v_scales": v_scales}
+        dequantize(k, k_scales, out=self.k)
+        dequantize(v, v_scales, out=self.v)
+
+
+# How the cache's elements become 16 bits wide, in queries of a dtype. Interpreted, bfloat16 is
+# multiplied in float16 alone.
+CONVERSIONS = (
+    [(dtype, how) for dtype in DTYPES for how in ("bits", "float16", "hardware")]
+    if CUDA
+    else [
+        *((dtype, "bits") for dtype in DTYPES),
+        *((dtype, "hardware") for dtype in (torch.float16, torch.bfloat16)),
+        (torch.bfloat16, "float16"),
+    ]
+)
+if CUDA and torch.cuda.get_device_capability() < (8, 9):
+    CONVERSIONS = [(dtype, how) for dtype, how in CONVERSIONS if how != "hardware"]
+conversions = pytest.mark.parametrize(("dtype", "conversion"), CONVERSIONS, ids=str)
+
+
+@runs_kernels
+@shapes
+@conversions
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+def test_fp8_decode(shape: Shape, dtype: torch.dtype, conversion: str) -> None:
+    from nanovllm.kernels import attention
+
+    lengths = decode_lengths(shape.block_size)
+    cache = Fp8Cache(shape, lengths, dtype)
+    query = randn(len(lengths), shape.num_heads, shape.head_dim, dtype=dtype)
+    scale = shape.head_dim**-0.5
+    if dtype != torch.float16:  # whose rows need not fit into float16
+        query, scale = query * 2.0**20, scale * 2.0**-20
+    for num_splits in (3, 40, None) if CUDA else (3,):
+        out = torch.full_like(query, math.nan)
+        plan = attention.DecodePlan(num_splits, 32, 32) if num_splits else None
+        attention.paged_decode(
+            query, *cache.pool, cache.tables, int32(lengths), scale, out, plan=plan,
+            conversion=conversion, **cache.scales,
+        )  # fmt: skip
+        for row, q, (k, v) in zip(out, query, cache.keys_and_values(), strict=True):
+            if len(k):
+                ref = attend(q[None] * (scale * shape.head_dim**0.5), k, v)[0]
+                assert close(row, ref), len(k)
+            else:
+                assert not row.any()
+
+
+@runs_kernels
+@shapes
+@conversions
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+def test_fp8_prefill(shape: Shape, dtype: torch.dtype, conversion: str) -> None:
+    from nanovllm.kernels import attention
+
+    block_size = shape.block_size
+    queries = [1, block_size - 1, block_size + 1, 1000 if CUDA else 70]
+    earlier = [40, 0, block_size, 3100 if CUDA else 9]
+    lengths = [a + b for a, b in zip(queries, earlier, strict=True)]
+    cache = Fp8Cache(shape, lengths, dtype)
+    query = randn(sum(queries), shape.num_heads, shape.head_dim, dtype=dtype)
+    cu_q, cu_k = (int32([0, *x]).cumsum(0, dtype=torch.int32) for x in (queries, lengths))
+    out = attention.paged_prefill(
+        query, *cache.pool, cu_q, cu_k, max(queries), shape.head_dim**-0.5, cache.tables,
+        conversion=conversion, **cache.scales,
+    )  # fmt: skip
+    sequences = zip(query.split(queries), cache.keys_and_values(), strict=True)
+    assert close(out, torch.cat([attend(q, *kv) for q, kv in sequences]))
+
+
+@runs_kernels
+@pytest.mark.parametrize("conversion", ["bits", "float16"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+def test_an_fp8_row_that_is_not_finite_stays_so(conversion: str) -> None:
+    """It must not become numbers that look right."""
+    from nanovllm.kernels import attention
+
+    for name in ("k", "v"):
+        cache = Fp8Cache(SHAPES[0], [40, 40], DTYPES[0])
+        slot = int(cache.slots[0][4])
+        cache.scales[f"{name}_scales"].flatten(0, 1)[slot] = 255
+        query = randn(2, SHAPES[0].num_heads, SHAPES[0].head_dim, dtype=DTYPES[0])
+        out = attention.paged_decode(
+            query, *cache.pool, cache.tables, int32([40, 40]), 1.0, conversion=conversion,
+            **cache.scales,
+        )  # fmt: skip
+        assert not out[0].isfinite().any()
+        assert out[1].isfinite().all()
+
+
+def fp8_edges(num_rows: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Rows of any bits that are finite, of zeros, and with peaks where the scale changes."""
+    bits = torch.randint(256, (num_rows, head_dim * dtype.itemsize), dtype=torch.uint8)
+    rows = bits.view(dtype)
+    rows = torch.where(rows.isfinite(), rows, 0.0)
+    peaks = torch.tensor([0.0, 1.0, 448.0, 449.0, 450.0, 512.0, 2.0**-20, 1e-30, 2.0**-126, 1e30])
+    peaks = peaks.to(dtype)
+    peaks = torch.where(peaks.isfinite(), peaks, 1.0)
+    edges = (torch.randn(len(peaks), head_dim) / 8).to(dtype).clamp(-1, 1) * peaks[:, None]
+    edges[:, 0] = peaks
+    rows[: len(peaks)] = edges
+    if dtype == torch.bfloat16:  # whose subnormals the interpreter does not know
+        rows = torch.where(rows.abs() < 1e-37, 0.0, rows)
+    return rows.to(DEVICE)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
+@shapes
+@pytest.mark.parametrize("write_key", [True, False])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of what overflows
+def test_fp8_stores_equal_their_twins_bit_for_bit(
+    shape: Shape, dtype: torch.dtype, write_key: bool
+) -> None:
+    """At position 0 and without a norm keys are as they come, so that both round the same."""
+    from nanovllm.kernels import fused, store_kvcache
+
+    num_heads, num_kv_heads, head_dim, block_size = shape
+    num_tokens = 64 if CUDA else 12
+    width = num_heads + 2 * num_kv_heads
+    qkv = fp8_edges(num_tokens * width, head_dim, dtype)
+    qkv = qkv.view(num_tokens, width, head_dim).flip(0).flatten(1).contiguous()
+    cos_sin = RotaryEmbedding(head_dim, 9, ROPE).cos_sin.to(DEVICE)
+    positions = torch.zeros(num_tokens, dtype=torch.int64, device=DEVICE)
+    slots = torch.randperm(8 * block_size, device=DEVICE, dtype=torch.int32)[:num_tokens]
+    slots[3] = -1
+
+    def run(fuse: Callable[..., Any], store: Callable[..., Any]) -> list[Tensor]:
+        values = [torch.full((8, block_size, num_kv_heads, head_dim), 9) for _ in range(4)]
+        values += [torch.full((8, block_size, num_kv_heads), 9) for _ in range(4)]
+        pools = [x.to(DEVICE, torch.uint8) for x in values]
+        mine = qkv.clone()
+        q, k, v = fuse(
+            mine, None, None, EPS, cos_sin, positions, *pools[:2], slots, num_heads, num_kv_heads,
+            write_key, *pools[4:6],
+        )  # fmt: skip
+        heads = qkv.clone().view(num_tokens, width, head_dim)
+        _, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        store(key, value, *pools[2:4], slots, *pools[6:])
+        if write_key:
+            assert torch.equal(k, key)
+            assert torch.equal(v, value)
+            assert torch.equal(v, mine.view_as(heads)[:, -num_kv_heads:])
+        return [q, key, value, *pools]
+
+    ours = run(fused.qk_norm_rope_store, store_kvcache.store_kvcache)
+    twins = run(twin_qk_norm_rope_store, twin_store_kvcache)
+    for a, b in zip(ours, twins, strict=True):
+        assert torch.equal(a, b)
+    for scales in ours[-4:]:
+        assert (scales != 9).flatten(2).all(2).sum() == num_tokens - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_fp8_offsets_past_32_bits() -> None:
+    from nanovllm.kernels import attention
+
+    cache = torch.empty(17_000, 256, 8, 128, dtype=torch.uint8, device=DEVICE)  # 4.5e9 bytes
+    scales = torch.full(cache.shape[:-1], 127, dtype=torch.uint8, device=DEVICE)
+    table = int32([16_999, 16_991, 16_995])[None]
+    rows = randn(3, 256, 8, 128)
+    cache[table[0].long()], scales[table[0].long()] = quantize(rows)
+    keys = dequantize(*quantize(rows), out=rows).flatten(0, 1)[:600]
+    query = randn(1, 16, 128, dtype=torch.bfloat16)
+    ref = attend(query, keys, keys)
+    lens, rest = int32([600]), {"k_scales": scales, "v_scales": scales}
+    assert close(attention.paged_decode(query, cache, cache, table, lens, 128**-0.5, **rest), ref)
+    cu_q, cu_k = int32([0, 1]), int32([0, 600])
+    args = query, cache, cache, cu_q, cu_k, 1, 128**-0.5, table
+    assert close(attention.paged_prefill(*args, **rest), ref)
 
 
 # ---- elementwise, sampling, matrix-vector products
@@ -1331,7 +1529,7 @@ def test_dry_prefills_reach_what_any_step_launches(monkeypatch: pytest.MonkeyPat
     def attention(lengths: list[int]) -> str:
         """Which kernel attends."""
         query = torch.empty(sum(lengths), 1, 128, dtype=torch.bfloat16)
-        if hopper_attention.is_faster(query, lengths, 256):
+        if hopper_attention.is_faster(query, query, lengths, 256):
             return "hopper"
         return "long" if max(lengths) > 1024 else "short"
 
@@ -1491,8 +1689,13 @@ LAUNCHES = [(90, "elementwise")]
 LAUNCHES += [
     (sm, name)
     for sm in SHARED_BYTES
-    for name in ("decode", "prefill", "linear", "experts", "all-reduce")
+    for name in ("decode", "prefill", "FP8 cache", "linear", "experts", "all-reduce")
 ]
+
+
+def fp8_pool(*shape: int) -> tuple[Tensor, Tensor]:
+    """A cache and its scales."""
+    return torch.empty(*shape, dtype=torch.uint8), torch.empty(*shape[:-1], dtype=torch.uint8)
 
 
 def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1524,6 +1727,29 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
             attention.paged_decode(empty(4, 16, 128), cache, cache, tables, lens, 1.0, plan=plan)
         wide = empty(9, 16, 2, 256)
         attention.paged_decode(empty(4, 16, 256), wide, wide, tables, lens, 1.0)
+    elif name == "FP8 cache":
+        monkeypatch.setattr(attention, "shared_memory", lambda _: shared_bytes)
+        plans = {(p.tile, p.num_warps, p.num_stages): p for p in attention.DECODE_PLANS.values()}
+        for dtype, head_dim, conversion in (
+            *((torch.bfloat16, head_dim, "bits") for head_dim in (128, 256, 80)),
+            (torch.float16, 128, "bits"),
+            (torch.bfloat16, 128, "float16"),
+            *([(torch.bfloat16, 128, "hardware")] if capability >= 89 else []),
+        ):
+            fp8, scales = fp8_pool(9, 256, 8, head_dim)
+            how = {"k_scales": scales, "v_scales": scales, "conversion": conversion}
+            q = empty(4, 16, head_dim, dtype=dtype)
+            for plan in plans.values() if (dtype, head_dim) == (torch.bfloat16, 128) else (None,):
+                attention.paged_decode(q, fp8, fp8, tables, lens, 1.0, plan=plan, **how)
+            q = empty(300, 16, head_dim, dtype=dtype)
+            attention.paged_prefill(q, fp8, fp8, lens, lens, 300, 1.0, tables, **how)
+        fp8, scales = fp8_pool(9, 256, 8, 128)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            x, stored = empty(4, 4096, dtype=dtype), (fp8, fp8, lens, 16, 8)
+            for write_key in (True, False):
+                fused.qk_norm_rope_store(
+                    x, x[0], x[0], EPS, cos_sin, longs, *stored, write_key, scales, scales
+                )
     elif name == "experts":
         monkeypatch.setattr(moe, "has_tma", lambda _: capability >= 90)
         monkeypatch.setattr(moe, "shared_memory", lambda _: shared_bytes)
@@ -1667,7 +1893,7 @@ def test_every_launch_fits_the_gpu(
         if capability >= 90 and any(hasattr(v, "block_shape") for v in values.values()):
             assert "cp.async.bulk.tensor" in ptx
         # Tiles come whole, or in vectors while others are computed with; never element by element.
-        if name in ("decode", "prefill") or kernel.__name__ == "_small_linear_kernel":
+        if name in ("decode", "prefill", "FP8 cache") or kernel.__name__ == "_small_linear_kernel":
             assert "ld.global.b16" not in ptx, (kernel, capability)
 
 
@@ -1676,4 +1902,7 @@ TRITON_TYPES = {
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.float16: "fp16",
+    torch.int16: "i16",
+    torch.uint8: "u8",
 }

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from conftest import CheckpointFactory, ModelSpec, completions, edit_json
+from conftest import CheckpointFactory, ModelSpec, completions, edit_json, tensors_of
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,14 +35,6 @@ def load(model_dir: Path) -> Qwen3ForCausalLM:
         parameter.data.fill_(float("nan"))
     load_weights(model, model_dir)
     return model
-
-
-def tensors_of(model_dir: Path) -> dict[str, Tensor]:
-    """Everything in the checkpoint's files."""
-    tensors: dict[str, Tensor] = {}
-    for path in model_dir.glob("*.safetensors"):
-        tensors |= load_file(path)
-    return tensors
 
 
 def rewrite(model_dir: Path, **changes: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanovllm import kernels
 from nanovllm.config import Config, check_pool_size
@@ -24,7 +24,7 @@ from nanovllm.layers.linear import Linear
 from nanovllm.layers.logprobs import ROWS_AT_A_TIME
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.products import first_sizes
-from nanovllm.layers.stored_weight import not_int4, pack
+from nanovllm.layers.stored_weight import StoredWeight, pack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
@@ -41,7 +41,8 @@ class ModelRunner:
     """Owns every tensor of an engine, or one rank's: parameters, KV pool, CUDA graphs.
 
     After construction the model is loaded, its memory measured and the pool allocated:
-    `kv_cache` is [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim], and each
+    `kv_cache` is [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim], with `kv_scales`
+    uint8 [2, num_layers, num_blocks, block_size, num_kv_heads] if it is FP8 (else empty), and each
     attention layer has its part bound.
 
     Args:
@@ -65,9 +66,9 @@ class ModelRunner:
         if self.is_int4:
             require_int4(self.device)
         self.dtype = resolve_dtype(config.dtype, model.dtype, self.device, self.is_int4)
-        self.backend = select_backend(
-            config.attention_backend, self.device, self.dtype, self.block_size, model.head_dim
-        )
+        self.is_fp8_cache = config.kv_cache_dtype == "fp8"
+        case = self.device, self.dtype, self.block_size, model.head_dim, self.is_fp8_cache
+        self.backend = select_backend(config.attention_backend, *case)
         self.layout = BatchLayout(self.block_size, config.model_config.vocab_size, self.device)
         # Of a GPU one engine at a time: what it takes shows in the process's memory.
         alone = _building if self.device.type == "cuda" else nullcontext()
@@ -86,10 +87,10 @@ class ModelRunner:
             if self.num_blocks == -1:
                 self.num_blocks = self._derive_num_blocks(budget)
             else:
-                block_bytes = self._bind_kv_cache(1).nbytes
+                block_bytes = self._bind_kv_cache(1)
                 require_memory("num_kvcache_blocks", self.num_blocks, block_bytes, self.device)
                 self.group.least(self.num_blocks)  # all of them have as much
-            self.kv_cache = self._bind_kv_cache(self.num_blocks)
+            pool_bytes = self._bind_kv_cache(self.num_blocks)
             if self.device.type == "cuda":
                 self._warm_up()
             if self._can_capture():
@@ -97,12 +98,12 @@ class ModelRunner:
                 with logged(f"Capturing {len(self.graphs.sizes)} CUDA graphs"):
                     self.graphs.capture(self.graphs.sizes)
         self.group.least(0)  # no rank begins before all are ready
-        gib = self.kv_cache.nbytes / 2**30
+        element = "fp8" if self.is_fp8_cache else str(self.dtype).removeprefix("torch.")
         taken = ", taken as it fills" if self.device.type == "cpu" else ""
         logger.info(
             f"KV pool: {self.num_blocks} blocks of {self.block_size} tokens = "
-            f"{self.num_blocks * self.block_size} tokens, {gib:.2f} GiB{taken} on {self.device} "
-            f"({str(self.dtype).removeprefix('torch.')}, attention: {self.backend})"
+            f"{self.num_blocks * self.block_size} tokens, {pool_bytes / 2**30:.2f} GiB{taken} on "
+            f"{self.device} ({element}, attention: {self.backend})"
         )
 
     @property
@@ -163,7 +164,7 @@ class ModelRunner:
     def free(self) -> None:
         """Give the memory back. The runner is of no use afterwards."""
         self.synchronize()
-        for name in ("model", "kv_cache", "graphs", "sampler", "decode_workspace"):
+        for name in ("model", "kv_cache", "kv_scales", "graphs", "sampler", "decode_workspace"):
             self.__dict__.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
@@ -186,16 +187,6 @@ class ModelRunner:
             whole = Qwen3ForCausalLM(config.model_config, backend, 1, device=torch.device("meta"))
         quantization = self.part.quantization
         self._shapes = checkpoint_shapes(whole, quantization is not None and quantization.is_stored)
-        if self.is_int4 and (left := not_int4(model)):
-            logger.info(
-                f"{len(left)} weights are not int4, no group of 32 inputs fits them: "
-                f"{', '.join(left[:5])}{', ...' if len(left) > 5 else ''}"
-            )
-        elif not self.is_int4 and quantization and not kernels.multiplies_fp8(self.device):
-            logger.info(
-                f"FP8 weights are kept as {str(self.dtype).removeprefix('torch.')}: for them as "
-                f"such there are no kernels on {self.device}"
-            )
         with logged(f"Loading {config.model_dir}"):
             if config.load_format == "dummy":
                 fill_random(model)
@@ -203,7 +194,27 @@ class ModelRunner:
                 which = self._shapes, self.group, pack, self.is_int4
                 load_weights(model, config.model_dir, *which)
             model.pack()
+        if self.is_int4:
+            self._tell_of_int4(model)
+        else:
+            self._tell_of_fp8(model)
         return model.eval()
+
+    def _tell_of_int4(self, model: nn.Module) -> None:
+        weights = {n: m for n, m in model.named_modules() if isinstance(m, StoredWeight)}
+        if left := [name for name, weight in weights.items() if not weight.fits_int4]:
+            logger.info(
+                f"{len(left)} weights are not int4, no group of 32 inputs fits them: "
+                f"{', '.join(left[:5])}{', ...' if len(left) > 5 else ''}"
+            )
+
+    def _tell_of_fp8(self, model: nn.Module) -> None:
+        fp8 = [m for m in model.modules() if isinstance(m, StoredWeight) and m.is_fp8]
+        if other := sum(module.scales is None for module in fp8):
+            logger.info(
+                f"{other} of {len(fp8)} FP8 weights are kept as "
+                f"{str(self.dtype).removeprefix('torch.')}: there are no kernels for them as such"
+            )
 
     def _allocate_step_memory(self) -> None:
         """What steps are given from outside the model: a place for logits and ids, scratch."""
@@ -218,7 +229,7 @@ class ModelRunner:
 
     def _derive_num_blocks(self, budget: CudaBudget | None) -> int:
         """How many blocks the memory holds, at most what the largest batch could need on a CPU."""
-        block_bytes = self._bind_kv_cache(1).nbytes
+        block_bytes = self._bind_kv_cache(1)
         if budget is None:
             largest = self.config.max_num_seqs * self.blocks_per_seq
             num_blocks = min(cpu_pool_budget() // block_bytes, largest)
@@ -232,8 +243,8 @@ class ModelRunner:
         check_pool_size(num_blocks, self.block_size, self.config.max_model_len)
         return num_blocks
 
-    def _bind_kv_cache(self, num_blocks: int) -> Tensor:
-        """A pool of num_blocks, each layer's part bound to its attention."""
+    def _bind_kv_cache(self, num_blocks: int) -> int:
+        """Make a pool of num_blocks, bind each layer's part to its attention; returns its bytes."""
         model = self.part
         shape = 2, model.num_layers, num_blocks, self.block_size, model.num_kv_heads, model.head_dim
         what = f"a KV pool of {num_blocks} blocks of {self.block_size} tokens"
@@ -242,11 +253,18 @@ class ModelRunner:
             "give a smaller num_kvcache_blocks or kvcache_block_size, or max_num_seqs and "
             "max_model_len, of which it is derived on a CPU, or gpu_memory_utilization",
         ):
-            kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+            dtype = torch.uint8 if self.is_fp8_cache else self.dtype
+            kv_cache = torch.empty(shape, dtype=dtype, device=self.device)
+            size = shape[:-1] if self.is_fp8_cache else (0,)
+            kv_scales = torch.empty(size, dtype=torch.uint8, device=self.device)
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         for layer, k_cache, v_cache in zip(layers, *kv_cache, strict=True):
             layer.k_cache, layer.v_cache = k_cache, v_cache
-        return kv_cache
+        if self.is_fp8_cache:
+            for layer, k_scales, v_scales in zip(layers, *kv_scales, strict=True):
+                layer.k_scales, layer.v_scales = k_scales, v_scales
+        self.kv_cache, self.kv_scales = kv_cache, kv_scales
+        return kv_cache.nbytes + kv_scales.nbytes
 
     def _run_largest_prefill(self) -> None:
         """Run the step that takes the most memory, so that its peak is known; nothing is stored."""

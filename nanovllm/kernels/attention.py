@@ -16,35 +16,25 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.device import has_tma, prefetch, shared_memory
+from nanovllm.kernels.fp8_attention import fp8_attend, fp8_output, fp8_queries
 from nanovllm.kernels.launch import launch
+from nanovllm.kernels.paging import key_slots
 
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _key_slots(table, first, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Slots int64 [TILE] of keys first .. first + TILE - 1 of a sequence, those before end.
-
-    first % TILE is 0. 64-bit, since slot * stride passes 2^31 in a large pool.
-    """
-    positions = first + tl.arange(0, TILE)
-    if BLOCK_SIZE % TILE == 0:  # the tile lies in one block
-        block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
-        return block * BLOCK_SIZE + positions % BLOCK_SIZE
-    else:
-        blocks = tl.load(table + positions // BLOCK_SIZE, mask=positions < end, other=0)
-        return blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+# How the elements of an FP8 cache become 16 bits wide: "bits", by integer instructions, in the
+# queries' dtype; "float16", so in float16; "hardware", in float16 by the GPU's own instruction.
+FP8_CONVERSION = "bits"
 
 
 # Not specialised: no value of these may compile the kernel anew.
 @triton.jit(do_not_specialize=["table_stride", "min_chunk"])
 def _decode_kernel(
-    query, k_cache, v_cache, block_tables, context_lens, out, partial, partial_lse, counters,
-    scale, query_stride, table_stride, min_chunk,
+    query, k_cache, v_cache, k_scales, v_scales, block_tables, context_lens, out, partial,
+    partial_lse, counters, scale, query_stride, table_stride, min_chunk,
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr, COMBINE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    LINES: tl.constexpr, PDL: tl.constexpr,
+    LINES: tl.constexpr, CONVERSION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for a chunk of a sequence's keys and the GROUP query heads of one K/V head.
 
@@ -53,7 +43,9 @@ def _decode_kernel(
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2)
-    KV_STRIDE: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    # In elements of the cache; of an FP8 one they are taken in pairs.
+    WIDTH: tl.constexpr = HEAD_DIM if k_scales is None else HEAD_DIM // 2
+    KV_STRIDE: tl.constexpr = NUM_KV_HEADS * WIDTH
     context_len = tl.load(context_lens + seq)
     # Chunks of equal size, each at least about min_chunk.
     count = tl.minimum(tl.cdiv(context_len, min_chunk), tl.num_programs(1))
@@ -69,17 +61,20 @@ def _decode_kernel(
     head_mask = (group < GROUP)[:, None] & dim_mask
     out += seq.to(tl.int64) * (NUM_KV_HEADS * GROUP * HEAD_DIM)
     table = block_tables + seq.to(tl.int64) * table_stride
-    k_head = k_cache + kv_head * HEAD_DIM
-    v_head = v_cache + kv_head * HEAD_DIM
+    k_head = k_cache + kv_head * WIDTH
+    v_head = v_cache + kv_head * WIDTH
     if PDL:
         # While the kernel before still runs: the first tile's keys and values to L2.
         firsts = tl.minimum(start + tl.arange(0, TILE), context_len - 1)
         blocks = tl.load(table + firsts // BLOCK_SIZE, mask=start < context_len, other=0)
         slots = blocks.to(tl.int64) * BLOCK_SIZE + firsts % BLOCK_SIZE
-        lines = tl.arange(0, LINES) * (HEAD_DIM // LINES)
+        lines = tl.arange(0, LINES) * (WIDTH // LINES)
         if start < context_len:
             prefetch(k_head + slots[:, None] * KV_STRIDE + lines[None, :])
             prefetch(v_head + slots[:, None] * KV_STRIDE + lines[None, :])
+            if k_scales is not None:
+                prefetch(k_scales + slots * NUM_KV_HEADS + kv_head)
+                prefetch(v_scales + slots * NUM_KV_HEADS + kv_head)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -89,24 +84,35 @@ def _decode_kernel(
 
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        for first in tl.range(start, end, TILE, num_stages=STAGES):
-            in_range = first + tl.arange(0, TILE) < end
-            slots = _key_slots(table, first, end, TILE, BLOCK_SIZE)
-            offsets = slots[:, None] * KV_STRIDE + dims[None, :]
-            key_mask = in_range[:, None] & dim_mask
-            k = tl.load(k_head + offsets, mask=key_mask, other=0.0)
-            scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
-            scores = tl.where(in_range[None, :], scores, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-            p = tl.exp2(scores - new_peak[:, None])
-            rescale = tl.exp2(peak - new_peak)
-            total = total * rescale + tl.sum(p, axis=1)
-            v = tl.load(v_head + offsets, mask=key_mask, other=0.0)
-            acc = acc * rescale[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-            peak = new_peak
-        acc = acc / total[:, None]
+        if k_scales is not None:
+            q, factor = fp8_queries(q, scale, CONVERSION)
+            even = tl.zeros([ROWS, BLOCK_D // 2], tl.float32)
+            limits = tl.zeros([ROWS], tl.int32) + end - 1
+            even, odd, peak, total = fp8_attend(
+                even, even, peak, total, q, factor, (k_cache, v_cache, k_scales, v_scales), kv_head,
+                table, start, end, limits, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, True,
+                CONVERSION, PRECISION, STAGES,
+            )  # fmt: skip
+            acc = fp8_output(even, odd, total, CONVERSION)
+        else:
+            acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            for first in tl.range(start, end, TILE, num_stages=STAGES):
+                in_range = first + tl.arange(0, TILE) < end
+                slots = key_slots(table, first, end, TILE, BLOCK_SIZE)
+                offsets = slots[:, None] * KV_STRIDE + dims[None, :]
+                key_mask = in_range[:, None] & dim_mask
+                k = tl.load(k_head + offsets, mask=key_mask, other=0.0)
+                scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
+                scores = tl.where(in_range[None, :], scores, float("-inf"))
+                new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+                p = tl.exp2(scores - new_peak[:, None])
+                rescale = tl.exp2(peak - new_peak)
+                total = total * rescale + tl.sum(p, axis=1)
+                v = tl.load(v_head + offsets, mask=key_mask, other=0.0)
+                acc = acc * rescale[:, None]
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+                peak = new_peak
+            acc = acc / total[:, None]
 
         if used == 1:
             tl.store(out + heads + dims[None, :], acc, mask=head_mask)
@@ -239,6 +245,9 @@ def paged_decode(
     out: Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     plan: DecodePlan | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    conversion: str = FP8_CONVERSION,
 ) -> Tensor:
     """Attention of one query a sequence to its cached keys. Twin: layers.attention.torch_decode.
 
@@ -252,6 +261,8 @@ def paged_decode(
         block_tables: int32 [num_seqs, max_blocks].
         context_lens: int32 [num_seqs], this step's token counted in; 0 = padding, its output is 0.
         workspace: from decode_workspace; None allocates one, which costs a launch.
+        k_scales, v_scales: of an FP8 cache, uint8 [num_blocks, block_size, num_kv_heads].
+        conversion: see FP8_CONVERSION.
 
     Returns:
         [num_seqs, num_heads, head_dim] in query's dtype: `out`, if given.
@@ -270,19 +281,21 @@ def paged_decode(
             num_seqs, num_heads, num_kv_heads, head_dim, device, plan.num_splits
         )
     assert workspace.lse.numel() >= num_seqs * num_heads * plan.num_splits
+    if k_scales is not None:
+        k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     group = num_heads // num_kv_heads
     block_group = triton.next_power_of_2(group)
     combine = max(1, min(16, 4096 // (block_group * triton.next_power_of_2(head_dim))))
     launch(
         _decode_kernel, (num_kv_heads, plan.num_splits, num_seqs), query,
-        query, k_cache, v_cache, block_tables, context_lens, out, *workspace,
+        query, k_cache, v_cache, k_scales, v_scales, block_tables, context_lens, out, *workspace,
         scale * LOG2_E, query.stride(0), block_tables.stride(0), plan.min_chunk,
         GROUP=group, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         TILE=plan.tile, ROWS=max(16, block_group), BLOCK_G=block_group,
         BLOCK_D=triton.next_power_of_2(head_dim), COMBINE=combine,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=plan.num_stages,
-        LINES=max(1, triton.next_power_of_2(head_dim) * out.element_size() // 128),
-        num_warps=plan.num_warps,
+        LINES=max(1, triton.next_power_of_2(k_cache.size(3)) * k_cache.element_size() // 128),
+        CONVERSION=conversion, num_warps=plan.num_warps,
     )  # fmt: skip
     return out
 
@@ -308,7 +321,7 @@ def _prefill_tiles(
             if BLOCK_SIZE == 0:
                 slots = k_start.to(tl.int64) + positions
             else:
-                slots = _key_slots(table, first, end, KEYS, BLOCK_SIZE)
+                slots = key_slots(table, first, end, KEYS, BLOCK_SIZE)
             k_pointers = key + (slots * KEY_STRIDE + column)[None, :] + dims[:, None]
             v_pointers = value + (slots * VALUE_STRIDE + column)[:, None] + dims[None, :]
             # Off the diagonal all keys exist: no mask, unless head_dim is padded.
@@ -339,11 +352,12 @@ def _prefill_tiles(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
-    query, key, value, out, cu_seqlens_q, cu_seqlens_k, block_tables, scale, query_stride,
-    table_stride, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    query, key, value, k_scales, v_scales, out, cu_seqlens_q, cu_seqlens_k, block_tables, scale,
+    query_stride, table_stride,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, CONVERSION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for QUERIES queries of one head.
 
@@ -378,21 +392,39 @@ def _prefill_kernel(
         rows_limit = first_limit + tl.arange(0, QUERIES)
         diagonal = (first_limit + 1) // KEYS * KEYS
         end = tl.minimum(first_limit + QUERIES, num_keys)
-        acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
         peak = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
-        acc, peak, total = _prefill_tiles(
-            acc, peak, total, q, key, value, k_start, column, table, 0, diagonal, rows_limit, scale,
-            dims, KEY_STRIDE, VALUE_STRIDE, HEAD_DIM, BLOCK_SIZE, KEYS, TMA, False, PRECISION,
-            STAGES,
-        )  # fmt: skip
-        acc, peak, total = _prefill_tiles(
-            acc, peak, total, q, key, value, k_start, column, table, diagonal, end, rows_limit,
-            scale, dims, KEY_STRIDE, VALUE_STRIDE, HEAD_DIM, BLOCK_SIZE, KEYS, TMA, True, PRECISION,
-            STAGES,
-        )  # fmt: skip
+        if k_scales is not None:
+            NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
+            q, factor = fp8_queries(q, scale, CONVERSION)
+            caches = key, value, k_scales, v_scales
+            even = tl.zeros([QUERIES, BLOCK_D // 2], tl.float32)
+            even, odd, peak, total = fp8_attend(
+                even, even, peak, total, q, factor, caches, head // GROUP, table, 0, diagonal,
+                rows_limit, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, KEYS, False, CONVERSION, PRECISION,
+                STAGES,
+            )  # fmt: skip
+            even, odd, peak, total = fp8_attend(
+                even, odd, peak, total, q, factor, caches, head // GROUP, table, diagonal, end,
+                rows_limit, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, KEYS, True, CONVERSION, PRECISION,
+                STAGES,
+            )  # fmt: skip
+            acc = fp8_output(even, odd, total, CONVERSION)
+        else:
+            acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+            acc, peak, total = _prefill_tiles(
+                acc, peak, total, q, key, value, k_start, column, table, 0, diagonal, rows_limit,
+                scale, dims, KEY_STRIDE, VALUE_STRIDE, HEAD_DIM, BLOCK_SIZE, KEYS, TMA, False,
+                PRECISION, STAGES,
+            )  # fmt: skip
+            acc, peak, total = _prefill_tiles(
+                acc, peak, total, q, key, value, k_start, column, table, diagonal, end, rows_limit,
+                scale, dims, KEY_STRIDE, VALUE_STRIDE, HEAD_DIM, BLOCK_SIZE, KEYS, TMA, True,
+                PRECISION, STAGES,
+            )  # fmt: skip
+            acc = acc / total[:, None]
         pointers = out + tokens * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :]
-        tl.store(pointers, acc / total[:, None], mask=mask)
+        tl.store(pointers, acc, mask=mask)
 
 
 class PrefillTiles(NamedTuple):
@@ -416,11 +448,18 @@ PREFILL_TILES = {
 # From the cache, prompts of more queries gain from reading it less often.
 LONG_QUERIES = 1024
 LONG_PAGED_TILES = {128: PrefillTiles(128, 128, 8, 2)}
+# From an FP8 cache, where more queries share the work of making it 16 bits wide; with more keys a
+# tile registers spill.
+FP8_TILES = {128: PrefillTiles(128, 64, 8, 2)}
 FLOAT32_TILES = PrefillTiles(32, 32, 4, 1)
 
 
 def prefill_tiles(
-    head_dim: int, dtype: torch.dtype, shared_bytes: int, long_paged: bool = False
+    head_dim: int,
+    dtype: torch.dtype,
+    shared_bytes: int,
+    long_paged: bool = False,
+    fp8: bool = False,
 ) -> PrefillTiles:
     """The tiles for a head_dim, where a program can have so much shared memory."""
     if dtype == torch.float32:
@@ -429,6 +468,8 @@ def prefill_tiles(
     large, small = PREFILL_TILES[padded]
     if shared_bytes < 160 * 1024:
         return small
+    if fp8:
+        return FP8_TILES.get(padded, large)
     return LONG_PAGED_TILES.get(padded, large) if long_paged else large
 
 
@@ -442,6 +483,9 @@ def paged_prefill(
     scale: float,
     block_tables: Tensor | None = None,
     tiles: PrefillTiles | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    conversion: str = FP8_CONVERSION,
 ) -> Tensor:
     """Causal attention of sequences that lie in a row. Twin: layers.attention.torch_prefill.
 
@@ -455,6 +499,8 @@ def paged_prefill(
         cu_seqlens_q, cu_seqlens_k: int32 [num_seqs + 1], running sums of queries and keys.
         max_query_len: the most queries of one sequence.
         block_tables: int32 [num_seqs, max_blocks].
+        k_scales, v_scales: of FP8 caches, uint8 [num_blocks, block_size, num_kv_heads].
+        conversion: see FP8_CONVERSION.
 
     Returns:
         [num_tokens, num_heads, head_dim] in query's dtype.
@@ -467,11 +513,15 @@ def paged_prefill(
     assert query.stride()[1:] == (head_dim, 1)
     if tiles is None:
         long_paged = block_size > 0 and max_query_len > LONG_QUERIES
-        tiles = prefill_tiles(head_dim, query.dtype, shared_memory(query.device), long_paged)
+        shared_bytes, fp8 = shared_memory(query.device), k_scales is not None
+        tiles = prefill_tiles(head_dim, query.dtype, shared_bytes, long_paged, fp8)
     if block_tables is not None:
         assert key.is_contiguous() and value.is_contiguous() and block_tables.stride(1) == 1
         key, value = key.flatten(0, 1), value.flatten(0, 1)
     assert all(x.stride()[1:] == (head_dim, 1) for x in (key, value))
+    if k_scales is not None:
+        assert block_tables is not None
+        key, value = key.view(torch.int16), value.view(torch.int16)
     tma = block_tables is None and has_tma(query.device)
     keys: Tensor | TensorDescriptor = key
     values: Tensor | TensorDescriptor = value
@@ -485,12 +535,12 @@ def paged_prefill(
     num_seqs = len(cu_seqlens_q) - 1
     launch(
         _prefill_kernel, (num_heads, triton.cdiv(max_query_len, tiles.queries), num_seqs), query,
-        query, keys, values, out, cu_seqlens_q, cu_seqlens_k, block_tables, scale * LOG2_E,
-        query.stride(0), block_tables.stride(0) if block_tables is not None else 0,
+        query, keys, values, k_scales, v_scales, out, cu_seqlens_q, cu_seqlens_k, block_tables,
+        scale * LOG2_E, query.stride(0), block_tables.stride(0) if block_tables is not None else 0,
         NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim,
         KEY_STRIDE=key.stride(0), VALUE_STRIDE=value.stride(0), BLOCK_SIZE=block_size,
         QUERIES=tiles.queries, KEYS=tiles.keys, BLOCK_D=block_d, TMA=tma,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+        STAGES=tiles.num_stages, CONVERSION=conversion, num_warps=tiles.num_warps,
     )  # fmt: skip
     return out

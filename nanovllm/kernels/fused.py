@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from nanovllm.kernels.kv_quantization import magnitudes, round_to_e4m3, scale_exponents
 from nanovllm.kernels.launch import launch
 
 
@@ -77,8 +78,31 @@ def _store_halves(pointers, x, y, mask, HEAD_DIM: tl.constexpr) -> None:
 
 
 @triton.jit
+def _store_rows(
+    cache, scales, slot, head, x, y, halves, mask, NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Store heads whose halves are x and y, unless slot is -1; gives back what the cache holds."""
+    stored_x, stored_y = x, y
+    if scales is not None:
+        peaks = tl.maximum(tl.max(magnitudes(x), axis=1), tl.max(magnitudes(y), axis=1))
+        exponents = scale_exponents(peaks)
+        dtype: tl.constexpr = x.dtype
+        stored_x, x = round_to_e4m3(x, exponents[:, None])
+        stored_y, y = round_to_e4m3(y, exponents[:, None])
+        x, y = x.to(dtype), y.to(dtype)
+        if slot >= 0:
+            tl.store(scales + slot * NUM_KV_HEADS + head, exponents.to(tl.uint8))
+    if slot >= 0:
+        rows = (slot * NUM_KV_HEADS + head)[:, None] * HEAD_DIM + halves[None, :]
+        _store_halves(cache + rows, stored_x, stored_y, mask, HEAD_DIM)
+    return x, y
+
+
+@triton.jit
 def _qk_norm_rope_store_kernel(
-    qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q_out, k_out, k_cache, v_cache, eps,
+    qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q_out, k_out, k_cache, v_cache,
+    k_scales, v_scales, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr,
     WRITE_KEY: tl.constexpr, PDL: tl.constexpr,
@@ -117,16 +141,21 @@ def _qk_norm_rope_store_kernel(
         if first < NUM_HEADS:
             _store_halves(q_out + token * (NUM_HEADS * HEAD_DIM) + rows, x, y, mask, HEAD_DIM)
         else:
-            rows -= NUM_HEADS * HEAD_DIM
+            head = first - NUM_HEADS + tl.arange(0, HEADS)
+            if STORE:
+                x, y = _store_rows(
+                    k_cache, k_scales, slot, head, x, y, halves, mask, NUM_KV_HEADS, HEAD_DIM
+                )
             if WRITE_KEY:
-                pointers = k_out + token * (NUM_KV_HEADS * HEAD_DIM) + rows
+                pointers = k_out + token * (NUM_KV_HEADS * HEAD_DIM) + rows - NUM_HEADS * HEAD_DIM
                 _store_halves(pointers, x, y, mask, HEAD_DIM)
-            if STORE and slot >= 0:
-                pointers = k_cache + slot * (NUM_KV_HEADS * HEAD_DIM) + rows
-                _store_halves(pointers, x, y, mask, HEAD_DIM)
-    elif STORE and slot >= 0:
-        rows -= (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
-        _store_halves(v_cache + slot * (NUM_KV_HEADS * HEAD_DIM) + rows, x, y, mask, HEAD_DIM)
+    elif STORE:
+        head = first - NUM_HEADS - NUM_KV_HEADS + tl.arange(0, HEADS)
+        x, y = _store_rows(
+            v_cache, v_scales, slot, head, x, y, halves, mask, NUM_KV_HEADS, HEAD_DIM
+        )
+        if WRITE_KEY and v_scales is not None:
+            _store_halves(heads, x, y, mask, HEAD_DIM)
 
 
 def rope_config(num_tokens: int, num_heads: int, num_kv_heads: int) -> tuple[int, int]:
@@ -150,6 +179,8 @@ def qk_norm_rope_store(
     num_heads: int,
     num_kv_heads: int,
     write_key: bool = True,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """QK-norm, rotary embedding and the store of K and V, from the merged projection.
 
@@ -164,10 +195,12 @@ def qk_norm_rope_store(
             empty: nothing is stored.
         slot_mapping: int32 [num_tokens], -1 = nowhere.
         write_key: also return K, for a prefill that attends to this step's keys.
+        k_scales, v_scales: of an FP8 cache, uint8 [num_blocks, block_size, num_kv_heads].
 
     Returns:
         q [num_tokens, num_heads, head_dim]; k [num_tokens, num_kv_heads, head_dim] or None;
-        v as k, a view of qkv.
+        v as k, a view of qkv. With an FP8 cache k and v are rounded as it rounds them; without
+        write_key v is not.
     """
     num_tokens, width = qkv.shape
     head_dim = width // (num_heads + 2 * num_kv_heads)
@@ -180,7 +213,8 @@ def qk_norm_rope_store(
     heads, num_warps = rope_config(num_tokens, num_heads, num_kv_heads)
     launch(
         _qk_norm_rope_store_kernel, (num_tokens * (num_heads + 2 * num_kv_heads) // heads,), qkv,
-        qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q, k, k_cache, v_cache, eps,
+        qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q, k, k_cache, v_cache,
+        k_scales, v_scales, eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_H=triton.next_power_of_2(head_dim // 2), HEADS=heads, NORM=q_weight is not None,
         STORE=store, WRITE_KEY=write_key, num_warps=num_warps,

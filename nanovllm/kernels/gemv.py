@@ -12,20 +12,32 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
+from nanovllm.utils.quantization import Fp8Weight
 
 MAX_TOKENS = 2
 
 
 @triton.jit
+def _scaled(v, scales, factors, tile: tl.constexpr) -> tl.tensor:
+    """What a tile of an FP8 weight is to be multiplied with, as [1, inputs]."""
+    if scales is None:
+        return v[None, :]
+    else:
+        return (v * factors[tile])[None, :]
+
+
+@triton.jit
 def _matvec_kernel(
-    x, norm_weight, weight, bias, residual, out, eps, TOKENS: tl.constexpr, N: tl.constexpr,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    x, norm_weight, weight, scales, bias, residual, out, eps, TOKENS: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, SCALED_ROWS: tl.constexpr,
+    SCALED_INPUTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for ROWS outputs of every token.
 
     Its rows of the weight, in TILES tiles, are on their way before it waits for x. GATED: output
-    n is silu(row n) * row (N + n). The weight is [N, K], or [2 N, K] if GATED.
+    n is silu(row n) * row (N + n). The weight is [N, K], or [2 N, K] if GATED. `scales`, if it is
+    FP8, has one for SCALED_ROWS rows, among which are all of the program's, and SCALED_INPUTS.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < N
@@ -33,6 +45,7 @@ def _matvec_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
     tiles = ()
     gains = ()
+    factors = ()
     for tile in tl.static_range(TILES):
         k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         mask = row_mask[:, None] & (k < K)[None, :]
@@ -40,6 +53,13 @@ def _matvec_kernel(
         if GATED:
             up = tl.load(weight + N * K + places + k[None, :], mask=mask, other=0.0)
             tiles += (up,)
+        if scales is not None:
+            own = scales + tl.program_id(0) * ROWS // SCALED_ROWS * (K // SCALED_INPUTS)
+            own += k // SCALED_INPUTS
+            factors += (tl.load(own, mask=k < K, other=0.0),)
+            if GATED:
+                own += N // SCALED_ROWS * (K // SCALED_INPUTS)
+                factors += (tl.load(own, mask=k < K, other=0.0),)
         if NORM:
             gains += (tl.load(norm_weight + k, mask=k < K, other=0.0),)
     if PDL:
@@ -63,10 +83,10 @@ def _matvec_kernel(
                 v = (v * scale).to(dtype).to(tl.float32) * gains[tile].to(tl.float32)
                 v = v.to(dtype).to(tl.float32)
             if GATED:
-                y += tiles[2 * tile].to(tl.float32) * v[None, :]
-                z += tiles[2 * tile + 1].to(tl.float32) * v[None, :]
+                y += tiles[2 * tile].to(tl.float32) * _scaled(v, scales, factors, 2 * tile)
+                z += tiles[2 * tile + 1].to(tl.float32) * _scaled(v, scales, factors, 2 * tile + 1)
             else:
-                y += tiles[tile].to(tl.float32) * v[None, :]
+                y += tiles[tile].to(tl.float32) * _scaled(v, scales, factors, tile)
         total = tl.sum(y, axis=1)
         if bias is not None:
             total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)
@@ -92,6 +112,15 @@ def matvec_config(num_tokens: int, input_size: int, norm: bool) -> tuple[int, in
     return rows, block, 8 if block >= 2048 and input_size > 2048 else 4
 
 
+def fp8_matvec_config(
+    num_tokens: int, input_size: int, norm: bool, gated: bool
+) -> tuple[int, int, int]:
+    """Likewise for FP8 weights: a thread converts 8 of them at a time."""
+    block = min(1024, triton.next_power_of_2(input_size))
+    rows = 1 if input_size > 8192 else 8 if norm and not gated else 4
+    return max(1, rows // num_tokens), block, 4
+
+
 def matvec(
     x: Tensor,
     weight: Tensor,
@@ -101,6 +130,7 @@ def matvec(
     residual: Tensor | None = None,
     gated: bool = False,
     out: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """residual + linear(rms_norm(x)), for at most MAX_TOKENS tokens, in one launch.
 
@@ -113,6 +143,7 @@ def matvec(
         bias: [output_size]; not with gated.
         norm_weight: [input_size], or None: no norm.
         residual: [num_tokens, output_size], contiguous, to be added to the rounded output.
+        scales: of an FP8 weight, contiguous: see utils.quantization.Fp8Weight.
 
     Returns:
         [num_tokens, output_size]: `out`, if given, which must be contiguous.
@@ -125,11 +156,19 @@ def matvec(
     out = x.new_empty(num_tokens, output_size) if out is None else out
     if num_tokens == 0:
         return out
-    rows, block, num_warps = matvec_config(num_tokens, input_size, norm_weight is not None)
+    norm = norm_weight is not None
+    rows, block, num_warps = matvec_config(num_tokens, input_size, norm)
+    scaled_rows = scaled_inputs = 1
+    if scales is not None:
+        scaled_rows, scaled_inputs = Fp8Weight(weight, scales).block
+        rows, block, num_warps = fp8_matvec_config(num_tokens, input_size, norm, gated)
+        rows = min(rows, scaled_rows)
+        assert scales.is_contiguous() and scaled_rows % rows == 0 and output_size % scaled_rows == 0
     launch(
         _matvec_kernel, (triton.cdiv(output_size, rows),), x,
-        x, norm_weight, weight, bias, residual, out, eps, TOKENS=num_tokens, N=output_size,
+        x, norm_weight, weight, scales, bias, residual, out, eps, TOKENS=num_tokens, N=output_size,
         K=input_size, ROWS=rows, BLOCK_K=block, TILES=triton.cdiv(input_size, block),
-        NORM=norm_weight is not None, GATED=gated, num_warps=num_warps,
+        NORM=norm, GATED=gated, SCALED_ROWS=scaled_rows,
+        SCALED_INPUTS=scaled_inputs, num_warps=num_warps,
     )  # fmt: skip
     return out

@@ -223,19 +223,21 @@ def _hopper_prefill_kernel(
     )  # fmt: skip
 
 
-def is_faster(query: Tensor, query_lens: list[int], block_size: int) -> bool:
+def is_faster(query: Tensor, key: Tensor, query_lens: list[int], block_size: int) -> bool:
     """True for steps in which this was measured to be faster than kernels.attention.
 
-    Those of many tokens, in sequences long enough to fill most of their tiles.
+    Those of many tokens, in sequences long enough to fill most of their tiles. Never for keys of
+    an FP8 cache, which it cannot read.
 
     Args:
         query: [num_tokens, num_heads, head_dim].
+        key: those of this step, or the cache.
         query_lens: the tokens of each sequence, num_tokens together.
         block_size: of the cache that keys come from; 0: they come from this step.
     """
     num_tokens, _, head_dim = query.shape
     fits = head_dim == SUPPORTED_HEAD_DIM and block_size % KEY_TILE == 0
-    fits = fits and query.element_size() == 2 and is_hopper(query.device)
+    fits = fits and query.element_size() == key.element_size() == 2 and is_hopper(query.device)
     mean_len = num_tokens / len(query_lens)
     return fits and num_tokens >= MIN_TOKENS and mean_len >= MIN_TILES_A_SEQUENCE * QUERY_TILE
 

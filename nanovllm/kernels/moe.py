@@ -19,8 +19,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.device import has_tma, shared_memory
+from nanovllm.kernels.fp8_rows import quantize_rows
 from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
+from nanovllm.kernels.small_linear import add_product
+from nanovllm.utils.quantization import BLOCK, Fp8Weight, Stored
 
 
 class Buckets(NamedTuple):
@@ -106,13 +109,14 @@ def route(
 
 @triton.jit
 def _few_gate_up_kernel(
-    x, norm_weight, gate_up, chosen, out, eps, CHOSEN: tl.constexpr, N: tl.constexpr,
+    x, norm_weight, gate_up, scales, chosen, out, eps, CHOSEN: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
-    PDL: tl.constexpr,
+    SCALED_ROWS: tl.constexpr, SCALED_INPUTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for ROWS outputs of a (token, choice) pair: its norm first, then its expert's.
 
-    x is there before the routing is: only that is waited for.
+    x is there before the routing is: only that is waited for. `scales`, if the weights are FP8, has
+    one for SCALED_ROWS rows of an expert, which ROWS divides, and SCALED_INPUTS.
     """
     pair = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -130,7 +134,11 @@ def _few_gate_up_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    weight = gate_up + tl.load(chosen + pair).to(tl.int64) * (2 * N * K)
+    expert = tl.load(chosen + pair).to(tl.int64)
+    weight = gate_up + expert * (2 * N * K)
+    if scales is not None:
+        first_row = expert * 2 * N + tl.program_id(0) * ROWS
+        scales += first_row // SCALED_ROWS * (K // SCALED_INPUTS)
     y = tl.zeros([ROWS, BLOCK_K], tl.float32)
     z = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for tile in tl.static_range(TILES):
@@ -141,18 +149,24 @@ def _few_gate_up_kernel(
         up = tl.load(weight + N * K + places, mask=mask, other=0.0)
         gain = tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
         v = (inputs[tile] * scale).to(dtype).to(tl.float32) * gain
-        v = v.to(dtype).to(tl.float32)[None, :]
-        y += gate.to(tl.float32) * v
-        z += up.to(tl.float32) * v
+        v = v.to(dtype).to(tl.float32)
+        u = v
+        if scales is not None:
+            own = scales + k // SCALED_INPUTS
+            v *= tl.load(own, mask=k < K, other=0.0)
+            own += N // SCALED_ROWS * (K // SCALED_INPUTS)
+            u *= tl.load(own, mask=k < K, other=0.0)
+        y += gate.to(tl.float32) * v[None, :]
+        z += up.to(tl.float32) * u[None, :]
     total = silu_times(tl.sum(y, axis=1).to(dtype), tl.sum(z, axis=1).to(dtype), dtype)
     tl.store(out + pair.to(tl.int64) * N + rows, total, mask=row_mask)
 
 
 @triton.jit
 def _few_down_kernel(
-    y, residual, down, weights, chosen, out, CHOSEN: tl.constexpr, N: tl.constexpr,
+    y, residual, down, scales, weights, chosen, out, CHOSEN: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
-    PDL: tl.constexpr,
+    SCALED_ROWS: tl.constexpr, SCALED_INPUTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for ROWS outputs of a token: all of its experts.
 
@@ -163,12 +177,18 @@ def _few_down_kernel(
     row_mask = rows < N
     places = rows[:, None] * K
     tiles = ()
+    factors = ()
     for choice in tl.static_range(CHOSEN):
-        weight = down + tl.load(chosen + token * CHOSEN + choice).to(tl.int64) * (N * K)
+        expert = tl.load(chosen + token * CHOSEN + choice).to(tl.int64)
+        weight = down + expert * (N * K)
         for tile in tl.static_range(TILES):
             k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
             mask = row_mask[:, None] & (k < K)[None, :]
             tiles += (tl.load(weight + places + k[None, :], mask=mask, other=0.0),)
+            if scales is not None:
+                first_row = expert * N + tl.program_id(0) * ROWS
+                own = scales + first_row // SCALED_ROWS * (K // SCALED_INPUTS)
+                factors += (tl.load(own + k // SCALED_INPUTS, mask=k < K, other=0.0),)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -180,6 +200,8 @@ def _few_down_kernel(
         for tile in tl.static_range(TILES):
             k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
             v = tl.load(y + pair.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
+            if scales is not None:
+                v *= factors[choice * TILES + tile]
             sums += tiles[choice * TILES + tile].to(tl.float32) * v[None, :]
         part = tl.sum(sums, axis=1).to(dtype).to(tl.float32)
         total += part * tl.load(weights + pair)
@@ -194,8 +216,8 @@ def few_tokens_experts(
     x: Tensor,
     norm_weight: Tensor,
     eps: float,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Stored,
+    down: Stored,
     weights: Tensor,
     chosen: Tensor,
     residual: Tensor | None,
@@ -207,7 +229,8 @@ def few_tokens_experts(
         x: [num_tokens, hidden_size], contiguous.
         norm_weight: [hidden_size].
         gate_up: [num_experts, 2 * intermediate_size, hidden_size], contiguous, gate over up.
-        down: [num_experts, hidden_size, intermediate_size], contiguous.
+        down: [num_experts, hidden_size, intermediate_size], contiguous. Both may be FP8, in blocks
+            of a multiple of 64 rows and of 32 inputs or more.
         weights, chosen: from route.
         residual: [num_tokens, hidden_size], contiguous, or None: nothing is added.
 
@@ -215,23 +238,26 @@ def few_tokens_experts(
         [num_tokens, hidden_size]: `out`, if given, which must be contiguous.
     """
     (num_tokens, hidden_size), num_chosen = x.shape, chosen.size(1)
-    size = down.size(2)
-    assert x.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous()
-    assert residual is None or residual.is_contiguous()
+    size = down.shape[2]
+    gate_up, gate_up_scales, gate_up_block = _parts(gate_up)
+    down, down_scales, down_block = _parts(down)
+    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
     y = x.new_empty(num_tokens * num_chosen, size)
     out = torch.empty_like(x) if out is None else out
     block = min(2048, triton.next_power_of_2(hidden_size))
     rows = 4 if hidden_size <= 4096 else 2
     launch(
         _few_gate_up_kernel, (triton.cdiv(size, rows), num_tokens * num_chosen), x,
-        x, norm_weight, gate_up, chosen, y, eps, CHOSEN=num_chosen, N=size, K=hidden_size,
-        ROWS=rows, BLOCK_K=block, TILES=triton.cdiv(hidden_size, block), num_warps=8,
+        x, norm_weight, gate_up, gate_up_scales, chosen, y, eps, CHOSEN=num_chosen, N=size,
+        K=hidden_size, ROWS=rows, BLOCK_K=block, TILES=triton.cdiv(hidden_size, block),
+        SCALED_ROWS=gate_up_block[0], SCALED_INPUTS=gate_up_block[1], num_warps=8,
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(size))
     launch(
         _few_down_kernel, (triton.cdiv(hidden_size, 2), num_tokens), x,
-        y, residual, down, weights, chosen, out, CHOSEN=num_chosen, N=hidden_size, K=size, ROWS=2,
-        BLOCK_K=block, TILES=triton.cdiv(size, block), num_warps=2,
+        y, residual, down, down_scales, weights, chosen, out, CHOSEN=num_chosen, N=hidden_size,
+        K=size, ROWS=2, BLOCK_K=block, TILES=triton.cdiv(size, block), SCALED_ROWS=down_block[0],
+        SCALED_INPUTS=down_block[1], num_warps=2,
     )  # fmt: skip
     return out
 
@@ -283,18 +309,21 @@ def grouped_plan(tokens: int, gated: bool, shared_bytes: int) -> GroupedPlan:
     return plan._replace(num_stages=min(plan.num_stages, fit))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _grouped_kernel(
-    x, weight, weights, counts, pairs, out, num_tokens, EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr, DIVISOR: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    x, x_scales, weight, scales, weights, counts, pairs, out, num_tokens, num_rows,
+    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, DIVISOR: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr, SCALED_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_N outputs of up to BLOCK_M pairs of one expert.
 
     Row pair // DIVISOR of x is multiplied with the expert's weight [N, K]; GATED: [2 N, K], and
     SiLU(gate) * up follows; else the pair's weight. Programs of the same pairs are neighbours, then
     those of the same expert, so that both are read from memory once. TMA: `weight` is a descriptor.
+    `scales`, if it is FP8, has one for SCALED_ROWS rows of an expert, which BLOCK_N divides, and
+    BLOCK_K inputs; x_scales, if x is FP8 too, [K / BLOCK_K, num_rows].
     """
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     ROWS: tl.constexpr = 2 * N if GATED else N
@@ -332,13 +361,23 @@ def _grouped_kernel(
                 inner = tl.arange(0, BLOCK_N)[:, None] * K + k[None, :]
                 mask = column_mask[:, None] & (k < K)[None, :]
                 w = tl.load(matrix + inner, mask=mask, other=0.0)
-            acc = tl.dot(v, w.T, acc, input_precision=PRECISION)
+            shares = 1.0
+            if x_scales is not None:
+                own_scales = x_scales + start // BLOCK_K * num_rows + own // DIVISOR
+                shares = tl.load(own_scales, mask=row_mask, other=0.0)[:, None]
+            row = first_row
+            acc = add_product(
+                acc, v, w, scales, row, start, shares, K, BLOCK_K, SCALED_ROWS, PRECISION
+            )
             if GATED:
+                row = first_row + N
                 if TMA:
-                    w = weight.load([first_row + N, start])
+                    w = weight.load([row, start])
                 else:
                     w = tl.load(matrix + N * K + inner, mask=mask, other=0.0)
-                up = tl.dot(v, w.T, up, input_precision=PRECISION)
+                up = add_product(
+                    up, v, w, scales, row, start, shares, K, BLOCK_K, SCALED_ROWS, PRECISION
+                )
         dtype: tl.constexpr = out.dtype.element_ty
         if GATED:
             acc = silu_times(acc.to(dtype), up.to(dtype), dtype)
@@ -373,8 +412,8 @@ def _combine_kernel(
 
 def grouped_experts(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Stored,
+    down: Stored,
     logits: Tensor,
     num_chosen: int,
     renormalized: bool,
@@ -393,7 +432,7 @@ def grouped_experts(
         [num_tokens, hidden_size]: `out`, if given, which must be contiguous.
     """
     (num_tokens, hidden_size), (num_experts, _, size) = x.shape, down.shape
-    assert x.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous()
+    assert x.is_contiguous()
     assert residual is None or (residual.is_contiguous() and residual.shape == x.shape)
     buckets = Buckets(
         logits.new_zeros(num_experts, dtype=torch.int32),
@@ -414,9 +453,18 @@ def grouped_experts(
     return out
 
 
+def _parts(weight: Stored) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    """Values, scales and what shares one of a stack of matrices, which may be FP8."""
+    if isinstance(weight, Fp8Weight):
+        assert weight.values.is_contiguous() and weight.scales.is_contiguous()
+        return weight.values, weight.scales, weight.block
+    assert weight.is_contiguous()
+    return weight, None, (1, 1)
+
+
 def _grouped_product(
     x: Tensor,
-    weight: Tensor,
+    weight: Stored,
     weights: Tensor | None,
     buckets: Buckets,
     out: Tensor,
@@ -424,21 +472,28 @@ def _grouped_product(
     gated: bool,
 ) -> None:
     (num_experts, num_rows, input_size), num_pairs = weight.shape, len(out)
+    matrix: Tensor | TensorDescriptor
+    matrix, scales, (scaled_rows, scaled_inputs) = _parts(weight)
     output_size = num_rows // 2 if gated else num_rows
     shared_bytes = shared_memory(x.device) * 2 // x.element_size()
     tokens = token_tile(num_pairs, num_experts)
     plan = grouped_plan(tokens, gated, shared_bytes)
+    tma = has_tma(x.device) and x.element_size() == 2 and input_size % 8 == 0
+    x_scales = None
+    if scales is not None:
+        plan = plan._replace(inputs=scaled_inputs, outputs=min(plan.outputs, scaled_rows))
+        if tokens >= 64 and scaled_inputs == BLOCK:
+            rows = quantize_rows(x)
+            x, x_scales = rows.values, rows.scales
     # At most one tile an expert is not full.
     num_tiles = min(num_pairs, num_pairs // tokens + num_experts)
-    tma = has_tma(x.device) and x.element_size() == 2 and input_size % 8 == 0
-    matrix: Tensor | TensorDescriptor = weight
     if tma:
-        matrix = TensorDescriptor.from_tensor(weight.flatten(0, 1), [plan.outputs, plan.inputs])
+        matrix = TensorDescriptor.from_tensor(matrix.flatten(0, 1), [plan.outputs, plan.inputs])
     launch(
         _grouped_kernel, (num_tiles * triton.cdiv(output_size, plan.outputs),), x,
-        x, matrix, weights, *buckets, out, buckets.pairs.size(1), EXPERTS=num_experts,
-        BLOCK_E=triton.next_power_of_2(num_experts), DIVISOR=divisor, N=output_size, K=input_size,
-        BLOCK_M=plan.tokens, BLOCK_N=plan.outputs, BLOCK_K=plan.inputs, STAGES=plan.num_stages,
-        GATED=gated, TMA=tma, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=plan.num_warps,
+        x, x_scales, matrix, scales, weights, *buckets, out, buckets.pairs.size(1), len(x),
+        EXPERTS=num_experts, BLOCK_E=triton.next_power_of_2(num_experts), DIVISOR=divisor,
+        N=output_size, K=input_size, BLOCK_M=plan.tokens, BLOCK_N=plan.outputs,
+        BLOCK_K=plan.inputs, STAGES=plan.num_stages, GATED=gated, TMA=tma, SCALED_ROWS=scaled_rows,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=plan.num_warps,
     )  # fmt: skip

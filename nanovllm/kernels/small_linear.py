@@ -13,9 +13,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.device import has_tma, shared_memory
+from nanovllm.kernels.device import has_tma, prefetch, shared_memory
 from nanovllm.kernels.fused import silu_times
 from nanovllm.kernels.launch import launch
+from nanovllm.utils.quantization import BLOCK, Fp8Rows, Fp8Weight
 
 MAX_TOKENS = 256
 FEW_TOKENS = 64  # up to so many are one tile
@@ -44,18 +45,39 @@ def _load_rows(
             return tl.load(pointers, mask=(rows < num_rows)[:, None] & (k < K), other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
+def add_product(
+    acc, v, w, scales, row, k, shares, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALED_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """acc + v @ w.T, with the weight's tile from `row` and input `k` on.
+
+    scales: None, or of an FP8 weight, one for SCALED_ROWS rows and BLOCK_K inputs; a tensor core
+    itself adds up less exactly. shares: v's own, [tokens, 1], if it is FP8 too; else 1.
+    """
+    if scales is None:
+        return tl.dot(v, w.T, acc, input_precision=PRECISION)
+    else:
+        place = scales + row // SCALED_ROWS * (K // BLOCK_K) + k // BLOCK_K
+        factor = tl.load(place, mask=k < K, other=0.0)
+        return acc + tl.dot(v, w.to(v.dtype).T, input_precision=PRECISION) * (factor * shares)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _small_linear_kernel(
-    x, weight, bias, residual, out, partial, counters, num_tokens, N: tl.constexpr, K: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    x, x_scales, weight, lines, scales, bias, residual, out, partial, counters, num_tokens,
+    num_rows, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
+    TMA: tl.constexpr, SCALED_ROWS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for one of PARTS parts of the inputs, BLOCK_N outputs and BLOCK_M tokens.
 
     Programs of the same outputs are neighbours, so that a weight is read from memory once. Of
     several parts' programs the last adds up what all have written. GATED: output n is
     silu(row n) * row (N + n) of a weight [2 N, K]. TMA: x and weight are descriptors, not pointers.
+    `scales`, if it is FP8, has one for SCALED_ROWS rows, which BLOCK_N divides, and BLOCK_K inputs;
+    x_scales, if x is FP8 too, [K / BLOCK_K, num_rows]. Of `lines`, which is then the weight's
+    memory, the first are asked for before the tokens are waited for.
     """
     PART: tl.constexpr = (K + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K) * BLOCK_K
     EVEN_K: tl.constexpr = K % (PARTS * BLOCK_K) == 0
@@ -65,7 +87,15 @@ def _small_linear_kernel(
     first_token = tl.program_id(0) % tiles_m * BLOCK_M
     first_column = tl.program_id(0) // tiles_m * BLOCK_N
     start = tl.program_id(1) * PART
+    tokens = first_token + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
     if PDL:
+        if x_scales is not None:
+            ahead = tl.minimum(start + tl.arange(0, 4) * BLOCK_K, K - BLOCK_K)
+            lines += columns.to(tl.int64)[:, None] * K + ahead[None, :]
+            prefetch(lines)
+            if GATED:
+                prefetch(lines + N * K)
         gdc_wait()
         gdc_launch_dependents()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -74,13 +104,15 @@ def _small_linear_kernel(
         v = _load_rows(x, first_token, k, num_tokens, K, BLOCK_M, BLOCK_K, False, EVEN_K, TMA)
         row = first_column
         w = _load_rows(weight, row, k, NUM_ROWS, K, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, TMA)
-        acc = tl.dot(v, w.T, acc, input_precision=PRECISION)
+        shares = 1.0
+        if x_scales is not None:
+            own = x_scales + k // BLOCK_K * num_rows + tokens
+            shares = tl.load(own, mask=(tokens < num_tokens) & (k < K), other=0.0)[:, None]
+        acc = add_product(acc, v, w, scales, row, k, shares, K, BLOCK_K, SCALED_ROWS, PRECISION)
         if GATED:
             row = N + first_column
             w = _load_rows(weight, row, k, NUM_ROWS, K, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, TMA)
-            up = tl.dot(v, w.T, up, input_precision=PRECISION)
-    tokens = first_token + tl.arange(0, BLOCK_M)
-    columns = first_column + tl.arange(0, BLOCK_N)
+            up = add_product(up, v, w, scales, row, k, shares, K, BLOCK_K, SCALED_ROWS, PRECISION)
     places = tokens[:, None] * N + columns[None, :]
     mask = (tokens < num_tokens)[:, None] & (columns < N)[None, :]
     if PARTS > 1:
@@ -184,6 +216,33 @@ def small_linear_plan(
     return SmallLinearPlan(tokens, outputs, inputs, stages(inputs), num_parts, tma)
 
 
+def fp8_small_linear_plan(input_size: int, gated: bool) -> SmallLinearPlan:
+    """A plan for up to 16 tokens of 16 bits and FP8 weights. Measured on an H100."""
+    num_parts = 1 if gated else min(4, max(1, input_size // 512))
+    return SmallLinearPlan(16, TILE_OUTPUTS, BLOCK, 4, num_parts)
+
+
+def fp8_rows_plan(
+    num_tokens: int, input_size: int, output_size: int, gated: bool, shared_bytes: int, tma: bool
+) -> SmallLinearPlan:
+    """A plan for FP8 tokens and weights that fits so much shared memory. Measured on an H100."""
+    tokens, outputs, num_stages, num_parts = 64, 64, 6, 1
+    if gated and num_tokens > 128:
+        tokens, num_stages = 128, 3
+    elif gated:
+        outputs, num_stages = (32, 4) if num_tokens <= 64 else (64, 3)
+    elif num_tokens > 128 and output_size >= 32 * 128:
+        outputs = 128
+    elif num_tokens <= 128:
+        num_programs = triton.cdiv(output_size, outputs) * triton.cdiv(num_tokens, tokens)
+        num_parts = 2 if num_programs <= H100_SMS and output_size < 96 * 64 <= 2 * input_size else 1
+        if num_tokens <= 64 and num_programs * num_parts <= H100_SMS:
+            num_stages = 8  # one program an SM
+    tile_bytes = BLOCK * (tokens + outputs * (2 if gated else 1))
+    num_stages = max(1, min(num_stages, shared_bytes // tile_bytes))
+    return SmallLinearPlan(tokens, outputs, BLOCK, num_stages, num_parts, tma)
+
+
 def small_linear_counters(output_size: int, device: torch.device | None = None) -> Tensor:
     """What `small_linear` needs to know when a tile is complete: int32 zeros, one a tile.
 
@@ -194,58 +253,77 @@ def small_linear_counters(output_size: int, device: torch.device | None = None) 
 
 
 def small_linear(
-    x: Tensor,
+    x: Tensor | Fp8Rows,
     weight: Tensor,
     bias: Tensor | None = None,
     counters: Tensor | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
     out: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """A linear layer of up to MAX_TOKENS tokens. Twins: F.linear; gated: silu_and_mul of it.
 
     Args:
-        x: [num_tokens, input_size], contiguous.
+        x: [num_tokens, input_size], contiguous. FP8: of any number of tokens.
         weight: [output_size, input_size], contiguous, in x's dtype; gated: twice as many rows,
             gate over up.
         bias: [output_size]; not with gated.
         counters: from small_linear_counters; None allocates them, which costs a launch.
         residual: [num_tokens, output_size], contiguous, to be added to the rounded output.
+        scales: of an FP8 weight, contiguous: see utils.quantization.Fp8Weight. Blocks have a
+            multiple of 64 rows, and 128 inputs. If x is not FP8, num_tokens is at most 16.
 
     Returns:
         [num_tokens, output_size]: `out`, if given, which must be contiguous.
     """
-    num_tokens, input_size = x.shape
+    num_tokens, input_size = len(x), weight.size(1)
     output_size = len(weight) // (2 if gated else 1)
-    assert num_tokens <= MAX_TOKENS and not (gated and bias is not None)
-    assert x.is_contiguous() and weight.is_contiguous()
+    values, x_scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else (x, None)
+    assert not (gated and bias is not None) and values.size(1) == input_size
+    assert values.is_contiguous() and weight.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    out = x.new_empty(num_tokens, output_size) if out is None else out
+    out = values.new_empty(num_tokens, output_size, dtype=x.dtype) if out is None else out
     assert out.is_contiguous() and out.shape == (num_tokens, output_size)
     # A descriptor wants rows that begin at multiples of 16 bytes. (Large tiles of float32, which no
     # tensor core multiplies, would not fit the registers.)
-    descriptors = has_tma(x.device) and x.element_size() == 2 and input_size % 8 == 0
-    shared_bytes = shared_memory(x.device) * 2 // x.element_size()
-    plan = small_linear_plan(num_tokens, input_size, output_size, gated, shared_bytes, descriptors)
+    descriptors = has_tma(out.device) and out.element_size() == 2 and input_size % 8 == 0
+    scaled_rows = 1
+    sizes = num_tokens, input_size, output_size
+    if scales is None:
+        assert num_tokens <= MAX_TOKENS
+        shared_bytes = shared_memory(out.device) * 2 // out.element_size()
+        plan = small_linear_plan(*sizes, gated, shared_bytes, descriptors)
+    else:
+        scaled_rows, scaled_inputs = Fp8Weight(weight, scales).block
+        assert scales.is_contiguous() and scaled_rows % 64 == 0 and scaled_inputs == BLOCK
+        if x_scales is None:
+            plan = fp8_small_linear_plan(input_size, gated)
+            assert num_tokens <= plan.tokens
+        else:
+            plan = fp8_rows_plan(*sizes, gated, shared_memory(out.device), descriptors)
+            plan = plan._replace(outputs=min(plan.outputs, scaled_rows))
     num_tiles = triton.cdiv(output_size, plan.outputs) * triton.cdiv(num_tokens, plan.tokens)
     partial = None
     if plan.num_parts == 1:
         counters = None
     else:
-        partial = x.new_empty(plan.num_parts, num_tokens, output_size, dtype=torch.float32)
+        partial = out.new_empty(plan.num_parts, num_tokens, output_size, dtype=torch.float32)
         if counters is None:
-            counters = x.new_zeros(num_tiles, dtype=torch.int32)
+            counters = out.new_zeros(num_tiles, dtype=torch.int32)
         assert len(counters) >= num_tiles
-    inputs: Tensor | TensorDescriptor = x
+    tokens: Tensor | TensorDescriptor = values
     weights: Tensor | TensorDescriptor = weight
     if plan.tma:
-        inputs = TensorDescriptor.from_tensor(x, [plan.tokens, plan.inputs])
+        tokens = TensorDescriptor.from_tensor(values, [plan.tokens, plan.inputs])
         weights = TensorDescriptor.from_tensor(weight, [plan.outputs, plan.inputs])
+    lines = weight if x_scales is not None else None
     launch(
-        _small_linear_kernel, (num_tiles, plan.num_parts), x,
-        inputs, weights, bias, residual, out, partial, counters, num_tokens, N=output_size,
-        K=input_size, PARTS=plan.num_parts, BLOCK_M=plan.tokens, BLOCK_N=plan.outputs,
-        BLOCK_K=plan.inputs, STAGES=plan.num_stages, GATED=gated, TMA=plan.tma,
+        _small_linear_kernel, (num_tiles, plan.num_parts), out,
+        tokens, x_scales, weights, lines, scales, bias, residual, out, partial, counters,
+        num_tokens, len(values), N=output_size, K=input_size, PARTS=plan.num_parts,
+        BLOCK_M=plan.tokens, BLOCK_N=plan.outputs, BLOCK_K=plan.inputs, STAGES=plan.num_stages,
+        GATED=gated, TMA=plan.tma, SCALED_ROWS=scaled_rows,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     return out

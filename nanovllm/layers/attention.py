@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nanovllm.config import FLASH_BLOCK_STEP
 from nanovllm.kernels import kernel_of
+from nanovllm.layers.kv_quantization import dequantize, quantize
 from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.torch_attention import (
@@ -22,15 +23,31 @@ from nanovllm.utils.context import Context
 
 
 def store_kvcache(
-    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Write each token's K and V to its slot.
+
+    Of an FP8 cache, `key` and `value` are overwritten with what it can hold of them.
 
     Args:
         key, value: [num_tokens, num_kv_heads, head_dim].
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
         slot_mapping: int32 [num_tokens], block * block_size + offset; -1 = nowhere.
+        k_scales, v_scales: of an FP8 cache, uint8 [num_blocks, block_size, num_kv_heads].
     """
+    if k_scales is not None and v_scales is not None:
+        (k, k_exponents), (v, v_exponents) = quantize(key), quantize(value)
+        store_kvcache(k, v, k_cache, v_cache, slot_mapping)
+        store_kvcache(k_exponents, v_exponents, k_scales, v_scales, slot_mapping)
+        dequantize(k, k_exponents, out=key)
+        dequantize(v, v_exponents, out=value)
+        return
     if slot_mapping.numel() and slot_mapping.min() < 0:
         stored = slot_mapping >= 0
         key, value, slot_mapping = key[stored], value[stored], slot_mapping[stored]
@@ -52,6 +69,8 @@ def qk_norm_rope_store(
     num_heads: int,
     num_kv_heads: int,
     write_key: bool = True,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """What happens to a merged projection before attention: QK-norm, rotary embedding, store.
 
@@ -64,9 +83,11 @@ def qk_norm_rope_store(
             stored.
         slot_mapping: int32 [num_tokens], -1 = nowhere.
         write_key: K is wanted (a kernel need not write it out where attention reads the cache).
+        k_scales, v_scales: of an FP8 cache, uint8 [num_blocks, block_size, num_kv_heads].
 
     Returns:
-        q [num_tokens, num_heads, head_dim]; k and v [num_tokens, num_kv_heads, head_dim].
+        q [num_tokens, num_heads, head_dim]; k and v [num_tokens, num_kv_heads, head_dim], rounded
+        as an FP8 cache rounds them, where they are wanted: v within qkv, which is overwritten.
     """
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
     qk, v = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
@@ -77,7 +98,7 @@ def qk_norm_rope_store(
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     q, k = apply_rotary(qk, cos, sin).split([num_heads, num_kv_heads], dim=1)
     if k_cache.numel():
-        store_kvcache(k, v, k_cache, v_cache, slot_mapping)
+        store_kvcache(k, v, k_cache, v_cache, slot_mapping, k_scales, v_scales)
     return q, k, v
 
 
@@ -129,18 +150,22 @@ def triton_prefill(inputs: AttentionInputs) -> Tensor:
     from nanovllm.kernels import hopper_attention
     from nanovllm.kernels.attention import paged_prefill
 
-    query, key, value, k_cache, v_cache, scale, context = inputs
+    query, key, value, k_cache, v_cache, scale, context, k_scales, v_scales = inputs
     tables, block_size = context.block_tables, 0
     if tables is not None:
         key, value, block_size = k_cache, v_cache, context.block_size
+    else:
+        k_scales = v_scales = None  # those of this step are rounded, but in the model's dtype
     assert key is not None
-    if hopper_attention.is_faster(query, context.query_lens, block_size):
+    if hopper_attention.is_faster(query, key, context.query_lens, block_size):
         tiles = context.query_tiles
         return hopper_attention.hopper_prefill(query, key, value, tiles, scale, tables)
     cu_seqlens_q, cu_seqlens_k = context.cu_seqlens_q, context.cu_seqlens_k
     assert cu_seqlens_q is not None and cu_seqlens_k is not None
     lengths = cu_seqlens_q, cu_seqlens_k, context.max_query_len
-    return paged_prefill(query, key, value, *lengths, scale, tables)
+    return paged_prefill(
+        query, key, value, *lengths, scale, tables, k_scales=k_scales, v_scales=v_scales
+    )
 
 
 def triton_prefill_sizes(max_model_len: int) -> set[int]:
@@ -166,11 +191,13 @@ def triton_decode(inputs: AttentionInputs) -> Tensor:
     """Decode with the kernel of nanovllm.kernels.attention."""
     from nanovllm.kernels.attention import paged_decode
 
-    query, _, _, k_cache, v_cache, scale, context = inputs
+    query, _, _, k_cache, v_cache, scale, context, k_scales, v_scales = inputs
     tables, lens = context.block_tables, context.context_lens
     assert tables is not None and lens is not None
-    workspace = context.decode_workspace
-    return paged_decode(query, k_cache, v_cache, tables, lens, scale, workspace=workspace)
+    caches, workspace = (k_cache, v_cache, tables, lens), context.decode_workspace
+    return paged_decode(
+        query, *caches, scale, workspace=workspace, k_scales=k_scales, v_scales=v_scales
+    )
 
 
 class Backend(NamedTuple):
@@ -181,8 +208,9 @@ class Backend(NamedTuple):
     `loops_on_host`: a decode is no fixed sequence of launches, so that no CUDA graph can hold it.
     `prefill_sizes`: for a max_model_len, the numbers of tokens of steps that run all of its
     kernels, if their prompts are as long as may be.
-    `workspace`: for a model, max_num_seqs, max_model_len, and the cache's device and dtype: the
+    `workspace`: for a model, max_num_seqs, max_model_len, and the model's device and dtype: the
     scratch memory that a decode finds in its context.
+    `reads_fp8`: the cache may be an FP8 one.
     """
 
     prefill: Callable[[AttentionInputs], Tensor]
@@ -194,6 +222,7 @@ class Backend(NamedTuple):
     loops_on_host: bool = False
     prefill_sizes: Callable[[int], set[int]] = lambda max_model_len: set()
     workspace: Callable[[ModelConfig, int, int, dict[str, Any]], Any] = lambda *_: None
+    reads_fp8: bool = True
 
 
 # The fastest first. Measured on an H100 with head_dim 128, against flash-attn 2.8.3: the Triton
@@ -209,21 +238,32 @@ BACKENDS = {
         workspace=triton_workspace,
     ),
     "flash_attn": Backend(
-        flash_prefill, flash_decode, "flash_attn", range(8, 257, 8), FLASH_BLOCK_STEP, (8, 0)
+        flash_prefill,
+        flash_decode,
+        "flash_attn",
+        range(8, 257, 8),
+        FLASH_BLOCK_STEP,
+        (8, 0),
+        reads_fp8=False,
     ),
     "torch": Backend(torch_prefill, torch_decode, loops_on_host=True, workspace=torch_workspace),
 }
 
 
 def select_backend(
-    requested: str, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int,
+    head_dim: int,
+    fp8_cache: bool = False,
 ) -> str:
     """Name of the back end to use: the one requested, or the first that works here.
 
     Raises:
         ValueError: the requested back end is not installed or cannot work with these arguments.
     """
-    case = device, dtype, block_size, head_dim
+    case = device, dtype, block_size, head_dim, fp8_cache
     if requested == "auto":
         return next(name for name, backend in BACKENDS.items() if not _why_not(backend, *case))
     if reason := _why_not(BACKENDS[requested], *case):
@@ -232,12 +272,19 @@ def select_backend(
 
 
 def _why_not(
-    backend: Backend, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int,
+    head_dim: int,
+    fp8_cache: bool,
 ) -> str | None:
     """Why a back end cannot be used; None if it can."""
     package, dims = backend.package, backend.head_dims
     if package is None:
         return None
+    if fp8_cache and not backend.reads_fp8:
+        return "it cannot read an FP8 cache (kv_cache_dtype)"
     if block_size % backend.block_step:
         return f"kvcache_block_size {block_size} is no multiple of {backend.block_step}"
     if head_dim not in dims:
@@ -257,7 +304,8 @@ class Attention(nn.Module):
     """From a layer's merged projection to its attention output; owns the layer's cache views.
 
     `k_cache` and `v_cache` are views of the pool that the ModelRunner binds once it is allocated;
-    before that they are empty, and nothing is stored (while memory is measured).
+    before that they are empty, and nothing is stored (while memory is measured). `k_scales` and
+    `v_scales` belong to them where the pool is FP8.
     """
 
     def __init__(self, config: ModelConfig, backend: Backend, rotary_emb: RotaryEmbedding) -> None:
@@ -267,6 +315,8 @@ class Attention(nn.Module):
         self.scale = config.head_dim**-0.5
         self.backend, self.rotary_emb = backend, rotary_emb
         self.k_cache = self.v_cache = torch.empty(0)
+        self.k_scales: Tensor | None = None
+        self.v_scales: Tensor | None = None
         device = rotary_emb.cos_sin.device
         self.qk_norm_rope_store = kernel_of(qk_norm_rope_store, "fused", device)
 
@@ -295,7 +345,10 @@ class Attention(nn.Module):
             self.num_heads,
             self.num_kv_heads,
             write_key=context.block_tables is None,
+            k_scales=self.k_scales,
+            v_scales=self.v_scales,
         )
         attend = self.backend.prefill if context.is_prefill else self.backend.decode
-        inputs = AttentionInputs(query, key, value, self.k_cache, self.v_cache, self.scale, context)
+        caches, scales = (self.k_cache, self.v_cache), (self.k_scales, self.v_scales)
+        inputs = AttentionInputs(query, key, value, *caches, self.scale, context, *scales)
         return attend(inputs).flatten(1)

@@ -13,11 +13,19 @@ from torch import Tensor, nn
 
 from nanovllm.kernels import kernel_of
 from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.fp8 import fp8_table
+from nanovllm.layers.int4 import Int4Weight
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.products import LinearInputs, ProductTable, pack, product_table
+from nanovllm.layers.products import (
+    LinearInputs,
+    ProductTable,
+    int4_table,
+    pack,
+    product_table,
+)
 from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.utils.parallel import RankGroup
-from nanovllm.utils.quantization import Target, own_targets
+from nanovllm.utils.quantization import Fp8Rows, Fp8Weight, Target, own_targets
 
 
 class Linear(StoredWeight):
@@ -37,8 +45,12 @@ class Linear(StoredWeight):
         self.products = self._product_table()
 
     def _product_table(self) -> ProductTable:
-        kind = self.is_gated, self.is_head, self.bias is not None
-        return product_table(self.weight, *kind, scales=self.scales, num_rows=self.own_shape[0])
+        if self.weight.dtype == torch.uint8 and self.scales is not None:
+            return int4_table(Int4Weight(self.weight, self.scales, self.own_shape[0]))
+        if self.scales is not None:
+            weight = Fp8Weight(self.weight, self.scales)
+            return fp8_table(weight, self.is_gated, self.bias is not None)
+        return product_table(self.weight, self.is_gated, self.is_head, self.bias is not None)
 
     def pack(self) -> None:
         super().pack()
@@ -53,12 +65,14 @@ class Linear(StoredWeight):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Fp8Rows,
         residual: Tensor | None = None,
         out: Tensor | None = None,
         norm: RMSNorm | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Fp8Rows:
         """[num_tokens, input_size] -> [num_tokens, output_size].
+
+        FP8 goes only from a gated layer to the one after it: see layers.fp8.
 
         Args:
             residual: [num_tokens, output_size], what the output is added to. It may be overwritten:
@@ -91,7 +105,7 @@ class RowParallelLinear(Linear):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Fp8Rows,
         residual: Tensor | None = None,
         out: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -99,7 +113,9 @@ class RowParallelLinear(Linear):
         assert out is None
         out = self.group.output(len(x), self.own_shape[0], x.dtype)
         residual = residual if self.group.rank == 0 else None
-        return self.group.all_reduce(super().forward(x, residual, out, norm))
+        y = super().forward(x, residual, out, norm)
+        assert isinstance(y, Tensor)
+        return self.group.all_reduce(y)
 
 
 class MergedLinear(Linear):

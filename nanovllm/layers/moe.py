@@ -162,7 +162,7 @@ class MoE(nn.Module):
 
         x, norm, residual, out = inputs
         routed = moe.route(self.gate(x, norm=norm), self.num_chosen, self.renormalized)
-        weights = self.experts.gate_up.weight, self.experts.down.weight
+        weights = self.experts.gate_up.stored, self.experts.down.stored
         normed = x, norm.weight, norm.eps
         return moe.few_tokens_experts(*normed, *weights, *routed, residual=residual, out=out)
 
@@ -171,6 +171,6 @@ class MoE(nn.Module):
 
         x, norm, residual, out = inputs
         y = norm(x)
-        weights = self.experts.gate_up.weight, self.experts.down.weight
+        weights = self.experts.gate_up.stored, self.experts.down.stored
         routed = self.gate(y), self.num_chosen
         return grouped_experts(y, *weights, *routed, self.renormalized, residual, out)

@@ -5,7 +5,7 @@ many launches that makes. `product_table` is the one place that tells which of t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,19 +17,20 @@ from nanovllm import kernels
 from nanovllm.layers.int4 import Int4Weight
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.device import uses_onednn
-from nanovllm.utils.quantization import Fp8Weight
+from nanovllm.utils.quantization import Fp8Rows
 
 
 class LinearInputs(NamedTuple):
     """What a product is given: residual + (norm(x) @ weight.T + bias) is wanted.
 
-    x: [num_tokens, input_size]. weight: [num_rows, input_size]. act: for a gated layer, what makes
-    SiLU of the first half of the columns, times the second half, of the product. bias: [num_rows].
-    residual: [num_tokens, num_rows], may be overwritten. out: [num_tokens, num_rows], to be filled,
-    which may be `residual`; not in a gated layer. None: there is none of it.
+    x: [num_tokens, input_size], FP8 only for a product that takes it so. weight: [num_rows,
+    input_size]. act: for a gated layer, what makes SiLU of the first half of the columns, times the
+    second half, of the product. bias: [num_rows]. residual: [num_tokens, num_rows], may be
+    overwritten. out: [num_tokens, num_rows], to be filled, which may be `residual`; not in a gated
+    layer. None: there is none of it.
     """
 
-    x: Tensor
+    x: Tensor | Fp8Rows
     weight: Tensor
     act: Callable[[Tensor], Tensor] | None
     bias: Tensor | None
@@ -39,10 +40,11 @@ class LinearInputs(NamedTuple):
 
     def normed(self) -> Tensor:
         """x after its norm, in a launch of its own."""
+        assert isinstance(self.x, Tensor)
         return self.x if self.norm is None else self.norm(self.x)
 
 
-Product = Callable[[LinearInputs], Tensor]
+Product = Callable[[LinearInputs], Tensor | Fp8Rows]
 # By the most tokens that each product is for, in order; the last is for any number.
 ProductTable = dict[float, Product]
 
@@ -117,21 +119,18 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def dequantized(inputs: LinearInputs, scales: Tensor) -> Tensor:
-    """`plain`, with a weight that is made for it each time: the twin of the products of FP8."""
-    weight = Fp8Weight(inputs.weight, scales).dequantized(inputs.x.dtype)
-    return plain(inputs._replace(weight=weight))
-
-
 def int4_few(inputs: LinearInputs, weight: Int4Weight) -> Tensor:
     """Torch's product of int4 weights."""
-    y = weight.few(inputs.normed())
-    return finished(inputs, y if inputs.bias is None else y.add_(inputs.bias))
+    return _int4(inputs, weight.few)
 
 
 def int4_many(inputs: LinearInputs, weight: Int4Weight) -> Tensor:
     """They are dequantised once, and multiplied as others are."""
-    y = weight.many(inputs.normed())
+    return _int4(inputs, weight.many)
+
+
+def _int4(inputs: LinearInputs, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    y = multiply(inputs.normed())
     return finished(inputs, y if inputs.bias is None else y.add_(inputs.bias))
 
 
@@ -140,6 +139,7 @@ def few_tokens(inputs: LinearInputs) -> Tensor:
     from nanovllm.kernels.gemv import matvec
 
     x, weight, act, bias, norm, residual, out = inputs
+    assert isinstance(x, Tensor)
     norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     return matvec(x, weight, bias, norm_weight, eps, residual, act is not None, out)
 
@@ -164,8 +164,6 @@ def product_table(
     is_gated: bool = False,
     is_head: bool = False,
     has_bias: bool = False,
-    scales: Tensor | None = None,
-    num_rows: int = 0,
 ) -> ProductTable:
     """The products of a layer, by the GPU, shape and dtype of its weight [num_rows, input_size].
 
@@ -175,15 +173,10 @@ def product_table(
         is_gated: gate over up; SiLU(gate) * up follows the matrix product.
         is_head: the output head.
         has_bias: which the kernels of gated layers have not.
-        scales: of an FP8 or an int4 weight. num_rows: of an int4 weight, which may be padded.
 
     Returns:
         Of a kernel that is compiled differently for more tokens, each form has its entry.
     """
-    if scales is not None and weight.dtype == torch.uint8:
-        return int4_table(Int4Weight(weight, scales, num_rows))
-    if scales is not None:
-        return fp8_table(Fp8Weight(weight, scales), is_gated, has_bias)
     if weight.is_mkldnn:
         return {math.inf: onednn}
     if not kernels.usable(weight.device) or (is_gated and has_bias):
@@ -206,9 +199,9 @@ def product_table(
     return table | {math.inf: plain}
 
 
-def fp8_table(weight: Fp8Weight, is_gated: bool, has_bias: bool) -> ProductTable:
-    """Likewise of a layer whose weight is FP8."""
-    return {math.inf: partial(dequantized, scales=weight.scales)}
+def is_small(shape: Sequence[int]) -> bool:
+    """True for layers like Qwen3-0.6B's, or a quarter of Qwen3-8B's q, k and v."""
+    return min(shape) <= 1536 and math.prod(shape) <= 6144 * 1024
 
 
 def int4_table(weight: Int4Weight) -> ProductTable:
@@ -222,9 +215,8 @@ def int4_table(weight: Int4Weight) -> ProductTable:
 def _most_small(weight: Tensor, is_gated: bool, is_head: bool, was_measured: bool) -> int:
     """Up to how many tokens small_linear is faster than cuBLAS.
 
-    MAX_TOKENS in layers as small as those of Qwen3-0.6B, or a quarter of Qwen3-8B's q, k and v:
-    there a launch that overlaps with the ones before and after it is worth more than cuBLAS's
-    better loop. Twice FEW_TOKENS in gated ones
+    MAX_TOKENS in small layers: there a launch that overlaps with the ones before and after it is
+    worth more than cuBLAS's better loop. Twice FEW_TOKENS in gated ones
     whose programs all run at once, since SiLU * up needs no launch of its own. Where nothing was
     measured FEW_TOKENS, but for the head: none.
     """
@@ -232,7 +224,7 @@ def _most_small(weight: Tensor, is_gated: bool, is_head: bool, was_measured: boo
 
     if is_head or not was_measured:
         return 0 if is_head and not was_measured else FEW_TOKENS
-    if min(weight.shape) <= 1536 and weight.numel() <= 6144 * 1024:
+    if is_small(weight.shape):
         return MAX_TOKENS
     num_programs = -(-len(weight) // 2 // 64) * 2  # of 64 tokens and 64 outputs
     at_once = is_gated and num_programs <= 3 * H100_SMS  # three fit an SM

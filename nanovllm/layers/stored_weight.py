@@ -1,16 +1,16 @@
-"""StoredWeight: a weight as it is loaded, and as it is kept afterwards."""
+"""StoredWeight: a weight that is kept as it is in the model's dtype, or as FP8."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanovllm import kernels
+from nanovllm.layers.fp8 import is_kept
 from nanovllm.layers.int4 import Groups, Int4Weight, packed
 from nanovllm.model_config import Quantization
 from nanovllm.utils.loader import targets_by_module
 from nanovllm.utils.parallel import RankGroup
-from nanovllm.utils.quantization import E4M3, Fp8Weight
+from nanovllm.utils.quantization import Fp8Weight, Stored
 
 ROUTER = ".mlp.gate"  # how the name of a layer's router ends
 
@@ -22,7 +22,7 @@ class StoredWeight(nn.Module):
 
     Args:
         shape: of the weight.
-        **options: device and dtype; once it is quantised, of what it stands for.
+        **options: its device and dtype, unless it is kept as FP8.
     """
 
     def __init__(self, *shape: int, **options: Any) -> None:
@@ -55,29 +55,36 @@ class StoredWeight(nn.Module):
             return self.weight
         return Int4Weight(self.weight, self.scales, self.own_shape[-2])
 
+    @property
+    def stored(self) -> Stored:
+        """The weight, with its scales if it is FP8."""
+        return self.weight if self.scales is None else Fp8Weight(self.weight, self.scales)
+
     def quantize(self, quantization: Quantization) -> None:
-        """Have memory for it that is filled from what is FP8, or becomes int4.
+        """Be filled with FP8 numbers, or become int4 once it is filled.
+
+        The former are kept as such or dequantised: see layers.fp8.is_kept.
 
         Raises:
             ValueError: int4 of a part of FP8 weights that cuts a group of inputs.
         """
         self.is_fp8 = quantization.method == "fp8" or quantization.is_stored
+        shape, device = self.own_shape, self.weight.device
         if quantization.method == "int4":
-            self.int4 = Groups.of(self.own_shape[-1], self.group.rank, self.group.size)
+            self.int4 = Groups.of(shape[-1], self.group.rank, self.group.size)
             self.fits_int4 = self.int4 is not None
             if self.is_fp8 and self.int4 is not None and self.int4.num_others:
                 raise ValueError(
                     f"quantization='int4' with FP8 weights in the checkpoint: {self.group.size} "
                     f"ranks cut a group of {self.int4.size} inputs, which is not implemented"
                 )
-        self.unpack()
+            self.unpack()
+        elif is_kept(shape, Fp8Weight.block_of(shape, self.row_step), self.dtype, device):
+            self.replace(*Fp8Weight.empty(*shape, row_step=self.row_step, device=device))
 
     def pack(self) -> None:
         """Keep it, now that it is filled, as this machine multiplies fastest."""
-        stays_fp8 = self.int4 is None and kernels.multiplies_fp8(self.weight.device)
-        if self.weight.dtype == E4M3 and self.scales is not None and not stays_fp8:
-            self.replace(Fp8Weight(self.weight, self.scales).dequantized(self.dtype))
-        if self.int4 is not None and self._is_filled():
+        if self.int4 is not None and self._is_plain():
             found = packed(self.weight, self.int4)
             if isinstance(found, Int4Weight):
                 self.replace(found.values, found.scales)
@@ -86,24 +93,21 @@ class StoredWeight(nn.Module):
 
     def unpack(self) -> None:
         """Have memory for it, to be filled."""
-        device = self.weight.device
-        if self.is_fp8:
-            if self.weight.dtype != E4M3:
-                shape, row_step = self.own_shape, self.row_step
-                self.replace(*Fp8Weight.empty(*shape, row_step=row_step, device=device))
-        elif not self._is_filled():
-            self.replace(torch.empty(self._filled_shape(), dtype=self.dtype, device=device))
+        is_kept_fp8 = self.scales is not None and self.int4 is None
+        if not is_kept_fp8 and not self._is_plain():
+            shape, device = self._plain_shape(), self.weight.device
+            self.replace(torch.empty(shape, dtype=self.dtype, device=device))
 
-    def _filled_shape(self) -> tuple[int, ...]:
+    def _plain_shape(self) -> tuple[int, ...]:
         """Of what is read from the checkpoint: of groups that the rank's part cuts, all inputs."""
         *stack, input_size = self.own_shape
         return *stack, input_size + (0 if self.int4 is None else self.int4.num_others)
 
-    def _is_filled(self) -> bool:
+    def _is_plain(self) -> bool:
         """True if it is in the memory that a checkpoint's numbers are read to."""
         weight = self.weight
         is_plain = weight.dtype == self.dtype and not weight.is_mkldnn
-        return is_plain and weight.shape == self._filled_shape()
+        return is_plain and weight.shape == self._plain_shape()
 
     def replace(self, weight: Tensor, scales: Tensor | None = None) -> None:
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -117,14 +121,8 @@ def pack(module: nn.Module) -> None:
             part.pack()
 
 
-def not_int4(model: nn.Module) -> list[str]:
-    """The names of the weights that were to be int4, and whose inputs no group divides."""
-    weights = ((n, part) for n, part in model.named_modules() if isinstance(part, StoredWeight))
-    return [name for name, weight in weights if not weight.fits_int4]
-
-
 def quantize(layer: nn.Module, name: str, quantization: Quantization) -> None:
-    """Have quantised memory for the weights of a layer, but for its router's and those kept.
+    """Quantise the weights of a layer, but for its router's and those kept.
 
     Args:
         name: of the layer in a checkpoint.
@@ -139,7 +137,7 @@ def quantize(layer: nn.Module, name: str, quantization: Quantization) -> None:
         if weights and kept and kept != names:
             raise ValueError(
                 f"modules_to_not_convert names {min(kept)} but not {min(names - kept)}, which is "
-                "one product with it: that is not implemented"
+                "merged with it: that is not implemented"
             )
         for weight in weights if not kept else ():
             weight.quantize(quantization)

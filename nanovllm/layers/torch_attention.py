@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.layers.kv_quantization import dequantize
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.context import Context
 from nanovllm.utils.device import to_device
@@ -29,7 +30,8 @@ class AttentionInputs(NamedTuple):
 
     query: [num_tokens, num_heads, head_dim]; key (None where the cache is read), value:
     [num_tokens, num_kv_heads, head_dim]; k_cache, v_cache: [num_blocks, block_size, num_kv_heads,
-    head_dim], this step's K/V stored.
+    head_dim], this step's K/V stored; of an FP8 cache bytes, with the exponents of their scales,
+    uint8 [num_blocks, block_size, num_kv_heads] (see nanovllm.layers.kv_quantization).
     """
 
     query: Tensor
@@ -39,6 +41,8 @@ class AttentionInputs(NamedTuple):
     v_cache: Tensor
     scale: float
     context: Context
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
 
 def torch_prefill(inputs: AttentionInputs) -> Tensor:
@@ -53,7 +57,14 @@ def torch_prefill(inputs: AttentionInputs) -> Tensor:
             keys, values = inputs.key[rows], inputs.value[rows]
         else:
             slots = context.once(key_slots)[index]
-            keys, values = (c.flatten(0, 1)[slots] for c in (inputs.k_cache, inputs.v_cache))
+            size = len(slots) * inputs.k_cache[0, 0].numel()
+            keys, values = (
+                _gather(cache, scales, slots, inputs.query.new_empty(size))
+                for cache, scales in (
+                    (inputs.k_cache, inputs.k_scales),
+                    (inputs.v_cache, inputs.v_scales),
+                )
+            )
         _attend_causal(inputs.query[rows], keys, values, inputs.scale, out[rows])
     return out
 
@@ -82,7 +93,7 @@ def _attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, out:
 class Workspace(NamedTuple):
     """What a decode copies keys to, where fresh memory each time would cost more than the copy.
 
-    gathered: of the cache's dtype; keys: float32; for as many keys as a decode takes together.
+    gathered: of the model's dtype; keys: float32; for as many keys as a decode takes together.
     key_size: num_kv_heads * head_dim.
     """
 
@@ -128,24 +139,26 @@ def torch_decode(inputs: AttentionInputs) -> Tensor:
 def _attend_together(query: Tensor, batch: DecodeBatch, inputs: AttentionInputs) -> Tensor:
     """[num_seqs, num_kv_heads, num_sharing, head_dim], of short sequences."""
 
-    def gather(cache: Tensor) -> Tensor:
+    def gather(cache: Tensor, scales: Tensor | None) -> Tensor:
         """float32 [num_seqs, num_kv_heads, num_keys, head_dim], each head's keys side by side."""
-        gathered = _gather(cache, batch.slots, workspace.gathered).unflatten(0, (len(query), -1))
+        gathered = _gather(cache, scales, batch.slots, workspace.gathered)
+        gathered = gathered.unflatten(0, (len(query), -1))
         keys = workspace.keys[: gathered.numel()].view(gathered.transpose(1, 2).shape)
         return keys.copy_(gathered.transpose(1, 2))
 
     workspace: Workspace = inputs.context.decode_workspace
-    scores = (query.float() * inputs.scale) @ gather(inputs.k_cache).transpose(2, 3)
+    keys = gather(inputs.k_cache, inputs.k_scales)
+    scores = (query.float() * inputs.scale) @ keys.transpose(2, 3)
     shares = scores.add_(batch.mask).softmax(dim=-1)
-    found: Tensor = shares @ gather(inputs.v_cache)
+    found: Tensor = shares @ gather(inputs.v_cache, inputs.v_scales)
     return found.to(query.dtype)
 
 
 def _attend_alone(query: Tensor, batch: DecodeBatch, inputs: AttentionInputs) -> Tensor:
     """[1, num_kv_heads, num_sharing, head_dim], of a sequence so long that a call is little."""
     gathered, keys, _ = inputs.context.decode_workspace
-    k = _gather(inputs.k_cache, batch.slots, gathered)
-    v = _gather(inputs.v_cache, batch.slots, keys.view(query.dtype))
+    k = _gather(inputs.k_cache, inputs.k_scales, batch.slots, gathered)
+    v = _gather(inputs.v_cache, inputs.v_scales, batch.slots, keys.view(query.dtype))
     k, v = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
     num_sharing = query.size(2)
     if num_sharing == 1:  # in 16 bits a CPU is several times as fast with two
@@ -158,12 +171,16 @@ def _attend_alone(query: Tensor, batch: DecodeBatch, inputs: AttentionInputs) ->
     return found[:, :, :num_sharing]
 
 
-def _gather(cache: Tensor, slots: Tensor, memory: Tensor) -> Tensor:
-    """[len(slots), num_kv_heads, head_dim] of the cache, in the memory given."""
+def _gather(cache: Tensor, scales: Tensor | None, slots: Tensor, memory: Tensor) -> Tensor:
+    """[len(slots), num_kv_heads, head_dim] of the cache, in the memory given, and of its dtype."""
     rows = cache.view(-1, cache.size(2) * cache.size(3))
     gathered = memory[: len(slots) * rows.size(1)].view(len(slots), -1)
+    heads = gathered.view(-1, *cache.shape[2:])
+    if scales is not None:
+        values = rows[slots].view(heads.shape)
+        return dequantize(values, scales.flatten(0, 1)[slots], out=heads)
     torch.index_select(rows, 0, slots, out=gathered)
-    return gathered.view(-1, *cache.shape[2:])
+    return heads
 
 
 def key_slots(context: Context) -> list[Tensor]:

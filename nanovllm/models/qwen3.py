@@ -198,13 +198,13 @@ class Qwen3ForCausalLM(nn.Module):
 
         A tied embedding stays as it is, since its rows are looked up, beside the packed head.
         """
-        for module in self._stored_weights():
-            module.pack()
+        for weight in self._stored_weights():
+            weight.pack()
 
     def unpack(self) -> None:
         """To be called before parameters are filled."""
-        for module in self._stored_weights():
-            module.unpack()
+        for weight in self._stored_weights():
+            weight.unpack()
         if self.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

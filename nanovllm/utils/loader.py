@@ -13,7 +13,9 @@ from nanovllm.utils.parallel import RankGroup
 from nanovllm.utils.quantization import (
     BLOCK,
     E4M3,
+    E4M3_MAX,
     SCALES_SUFFIX,
+    Dequantized,
     Fp8Weight,
     Target,
     WidePart,
@@ -136,12 +138,12 @@ def checkpoint_shapes(model: nn.Module, is_fp8: bool = False) -> dict[str, torch
     """The shape of every tensor that a checkpoint must hold, by its name there.
 
     Args:
-        is_fp8: the checkpoint holds the model's FP8 weights as such.
+        is_fp8: the checkpoint holds as FP8 what the model is to have as such, or dequantised.
     """
     shapes = {}
     for name, target in checkpoint_targets(model).items():
         shapes[name] = target.shape
-        if is_fp8 and isinstance(target, Fp8Weight):
+        if is_fp8 and not isinstance(target, Tensor):
             shapes[name + SCALES_SUFFIX] = torch.Size(map(num_blocks, target.shape))
     return shapes
 
@@ -171,12 +173,13 @@ def check_checkpoint(shapes: dict[str, torch.Size], is_tied: bool, model_dir: Pa
             kind = tensor.get_dtype()
             if is_fp8 and kind != "F8_E4M3":
                 raise ValueError(
-                    f"{model_dir}: tensor {name!r} is {kind}, the configuration asks for F8_E4M3"
+                    f"{model_dir}: tensor {name!r} is {kind}, quantization_config in config.json "
+                    "asks for F8_E4M3; without it, quantization='fp8' quantises plain weights"
                 )
             if not is_fp8 and kind not in ("F16", "F32", "F64", "BF16"):
                 raise ValueError(
                     f"{model_dir}: tensor {name!r} is {kind}; quantised checkpoints are not "
-                    "implemented, but for FP8 weights that the configuration says to be so"
+                    "implemented, but for FP8 weights that quantization_config says to be so"
                 )
             if list(tensor.get_shape()) != list(shapes[name]):
                 raise ValueError(
@@ -197,7 +200,7 @@ def _why(name: str) -> str:
     if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
         return "; experts are to be saved one by one, as save_pretrained does by itself"
     if name.endswith(SCALES_SUFFIX):
-        return ", which scales a weight that the configuration does not say to be quantised"
+        return ", which scales a weight that quantization_config does not say to be quantised"
     return ""
 
 
@@ -227,7 +230,6 @@ def load_weights(
     group = RankGroup() if group is None else group
     is_tied = bool(getattr(model, "tie_word_embeddings", False))
     check_checkpoint(checkpoint_shapes(model) if shapes is None else shapes, is_tied, model_dir)
-    device = next(model.parameters()).device
     targets: dict[str, Target] = {}
     left: dict[str, tuple[nn.Module, set[str]]] = {}  # of each module, what is not yet filled
     for module, pairs in targets_by_module(model):
@@ -235,14 +237,14 @@ def load_weights(
         names = {name for name, _ in pairs}
         left.update(dict.fromkeys(names, (module, names)))
     filled: set[str] = set()
-    with _opened(model_dir, device) as files:
+    with _opened(model_dir, next(model.parameters()).device) as files:
         for name in files:
             if name not in targets:
                 continue  # another rank's, or scales, which are read with their weight
             target = targets.pop(name)
-            if isinstance(target, Fp8Weight):
+            if isinstance(target, (Fp8Weight, Dequantized)):
                 target.fill(*_read_fp8(files, name, target.shape, group))
-                numbers = target.dequantized(torch.float32) if is_finite else None
+                numbers = target.weight if isinstance(target, Dequantized) else None
             else:
                 whole = files[name].get_slice(name).get_shape()
                 place = _place(whole, target.shape, group)
@@ -257,8 +259,8 @@ def load_weights(
                         "from the embedding"
                     )
                 target.data.copy_(tensor)
-                numbers = target if is_finite and target.dim() > 1 else None
-            if numbers is not None and not numbers.isfinite().all():
+                numbers = target if target.dim() > 1 else None
+            if is_finite and numbers is not None and not numbers.isfinite().all():
                 raise ValueError(
                     f"tensor {name!r} holds infinite numbers or NaN, which int4 weights cannot"
                 )
@@ -379,7 +381,8 @@ def fill_random(model: nn.Module, seed: int = 0) -> None:
             if parameter.dtype == E4M3:
                 for matrix in parameter.flatten(0, -2).split(1 << 16):
                     fill(random := torch.empty(matrix.shape, device=device))
-                    matrix.copy_(random / FP8_SCALE)
+                    # Larger ones, one of 200,000, are NaN in e4m3 unless torch saturates.
+                    matrix.copy_((random / FP8_SCALE).clamp_(-E4M3_MAX, E4M3_MAX))
             elif name.endswith("scales"):
                 parameter.fill_(FP8_SCALE)
             elif parameter.dim() > 1:

@@ -1,6 +1,7 @@
 """FP8 weights as Qwen stores them: e4m3 numbers, and a scale for each block of 128 x 128."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import gcd
 from typing import NamedTuple
 
@@ -36,6 +37,11 @@ class Fp8Weight(NamedTuple):
         rows, inputs = (size // number for size, number in pairs)
         return rows, inputs
 
+    @staticmethod
+    def block_of(shape: Sequence[int], row_step: int) -> tuple[int, int]:
+        """The rows and the inputs that will share a scale: see `empty`."""
+        return gcd(BLOCK, row_step), gcd(BLOCK, shape[-1])
+
     @classmethod
     def empty(cls, *shape: int, row_step: int, device: torch.device) -> "Fp8Weight":
         """Memory for matrices [..., num_rows, input_size] to be filled from blocks of a checkpoint.
@@ -44,9 +50,9 @@ class Fp8Weight(NamedTuple):
             row_step: parts of the rows that are filled by themselves begin at multiples of it. A
                 rank's parts of rows and inputs begin at multiples of their size.
         """
-        *stack, num_rows, input_size = shape
-        num_blocks = num_rows // gcd(BLOCK, row_step), input_size // gcd(BLOCK, input_size)
-        scales = torch.empty(*stack, *num_blocks, dtype=torch.float32, device=device)
+        rows, inputs = cls.block_of(shape, row_step)
+        num_blocks = *shape[:-2], shape[-2] // rows, shape[-1] // inputs
+        scales = torch.empty(num_blocks, dtype=torch.float32, device=device)
         return cls(torch.empty(shape, dtype=E4M3, device=device), scales)
 
     def split(self, sizes: Sequence[int]) -> "list[Fp8Weight]":
@@ -56,10 +62,14 @@ class Fp8Weight(NamedTuple):
         return list(map(Fp8Weight, self.values.split(list(sizes), dim=-2), scales))
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """[..., num_rows, input_size]."""
+        """[..., num_rows, input_size]; of a stack one matrix at a time is float32."""
         rows, inputs = self.block
-        scales = self.scales.repeat_interleave(rows, -2).repeat_interleave(inputs, -1)
-        return scales.mul_(self.values.float()).to(dtype)
+        out = torch.empty(self.shape, dtype=dtype, device=self.values.device)
+        stacks = (each.reshape(-1, *each.shape[-2:]) for each in (self.values, self.scales, out))
+        for values, scales, matrix in zip(*stacks, strict=True):
+            blocks = values.float().unflatten(1, (-1, inputs)).unflatten(0, (-1, rows))
+            matrix.copy_(blocks.mul_(scales[:, None, :, None]).flatten(2).flatten(0, 1))
+        return out
 
     def fill(self, values: Tensor, scales: Tensor, starts: Sequence[int]) -> None:
         """Take what is a part of a checkpoint's matrix.
@@ -74,6 +84,60 @@ class Fp8Weight(NamedTuple):
             places = torch.arange(self.scales.size(dim), device=scales.device) * step + start
             scales = scales.index_select(dim, places // BLOCK)
         self.scales.copy_(scales)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Rows:
+    """Tokens as FP8, each 128 numbers with a scale; behind them there may be rows of garbage.
+
+    values: e4m3 [num_rows, size]. scales: float32 [size / 128, num_rows]. dtype: of what they stand
+    for.
+    """
+
+    values: Tensor
+    scales: Tensor
+    num_tokens: int
+    dtype: torch.dtype
+
+    @classmethod
+    def empty(cls, num_tokens: int, size: int, step: int, like: Tensor) -> "Fp8Rows":
+        """Memory for tokens of another tensor's dtype; the rows are a multiple of step."""
+        num_rows = -(-num_tokens // step) * step
+        values = like.new_empty(num_rows, size, dtype=E4M3)
+        scales = like.new_empty(size // BLOCK, num_rows, dtype=torch.float32)
+        return cls(values, scales, num_tokens, like.dtype)
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def dequantized(self) -> Tensor:
+        """[num_tokens, size]."""
+        scales = self.scales.T.repeat_interleave(BLOCK, 1)
+        return scales.mul_(self.values.float())[: self.num_tokens].to(self.dtype)
+
+
+class Dequantized(NamedTuple):
+    """A matrix, or a stack of them, that is filled with what FP8 numbers stand for.
+
+    weight: [..., num_rows, input_size].
+    """
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    def split(self, sizes: Sequence[int]) -> "list[Dequantized]":
+        """Parts of so many rows each, as views."""
+        return list(map(Dequantized, self.weight.split(list(sizes), dim=-2)))
+
+    def fill(self, values: Tensor, scales: Tensor, starts: Sequence[int]) -> None:
+        """As Fp8Weight.fill."""
+        device = self.weight.device
+        part = Fp8Weight.empty(*self.shape, row_step=self.shape[-2], device=device)
+        part.fill(values, scales, starts)
+        self.weight.copy_(part.dequantized(self.weight.dtype))
 
 
 class WidePart(NamedTuple):
@@ -94,8 +158,9 @@ class WidePart(NamedTuple):
         return [WidePart(part, self.start) for part in self.memory.split(list(sizes), dim=-2)]
 
 
-# What one tensor of a checkpoint fills.
-Target = Tensor | Fp8Weight | WidePart
+# A weight, or a stack of them, as it is kept; and what one tensor of a checkpoint fills.
+Stored = Tensor | Fp8Weight
+Target = Stored | Dequantized | WidePart
 
 
 def num_blocks(size: int) -> int:
@@ -123,23 +188,26 @@ def quantize(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     largest = blocks.abs().amax(dim=(1, 3))
     if not largest.isfinite().all():
         raise ValueError(f"tensor {name!r} holds infinite numbers or NaN, which FP8 weights cannot")
-    scales = largest / E4M3_MAX
+    scales = largest / torch.full_like(largest, E4M3_MAX)  # by a number, a GPU divides inexactly
     divisors = scales.masked_fill(scales == 0, 1.0)
     values = (blocks / divisors[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return values.flatten(2, 3).flatten(0, 1)[:num_rows, :input_size], scales
 
 
 def own_targets(module: nn.Module) -> dict[str, Target]:
-    """A module's parameters by their names, a weight and its scales as one."""
-    targets: dict[str, Target] = dict(module.named_parameters(recurse=False))
-    scales = targets.pop("scales", None)
+    """A module's parameters by their names, a weight and its scales as one.
+
+    is_fp8, where a module has it, says whether its weight is FP8, or what FP8 numbers stand for.
+    """
+    parameters = dict(module.named_parameters(recurse=False))
+    scales = parameters.pop("scales", None)
+    targets: dict[str, Target] = {**parameters}
     if scales is not None:
-        weight = targets["weight"]
-        assert isinstance(weight, Tensor) and isinstance(scales, Tensor)
-        targets["weight"] = Fp8Weight(weight, scales)
-    first_input = getattr(module, "first_input", None)
-    if first_input is not None:
-        targets["weight"] = WidePart(module.get_parameter("weight"), first_input)
+        targets["weight"] = Fp8Weight(parameters["weight"], scales)
+    elif getattr(module, "is_fp8", False):
+        targets["weight"] = Dequantized(parameters["weight"])
+    elif (first_input := getattr(module, "first_input", None)) is not None:
+        targets["weight"] = WidePart(parameters["weight"], first_input)
     return targets
 
 
@@ -149,4 +217,6 @@ def matrices(stack: Target) -> Sequence[Target]:
         return list(map(Fp8Weight, stack.values, stack.scales))
     if isinstance(stack, WidePart):
         return [WidePart(memory, stack.start) for memory in stack.memory]
+    if isinstance(stack, Dequantized):
+        return list(map(Dequantized, stack.weight))
     return list(stack)

@@ -1,0 +1,19 @@
+"""Where the keys of a sequence lie in the paged cache."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def key_slots(table, first, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr) -> tl.tensor:
+    """Slots int64 [TILE] of keys first .. first + TILE - 1 of a sequence, those before end.
+
+    first % TILE is 0. 64-bit, since slot * stride passes 2^31 in a large pool.
+    """
+    positions = first + tl.arange(0, TILE)
+    if BLOCK_SIZE % TILE == 0:  # the tile lies in one block
+        block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
+        return block * BLOCK_SIZE + positions % BLOCK_SIZE
+    else:
+        blocks = tl.load(table + positions // BLOCK_SIZE, mask=positions < end, other=0)
+        return blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
