@@ -10,7 +10,7 @@ import logging
 import math
 import platform
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import chain
@@ -26,7 +26,8 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.config import QUANTIZATIONS
 from nanovllm.engine.scheduler import Batch
 from nanovllm.layers.linear import Linear
-from nanovllm.layers.moe import MoE, route
+from nanovllm.layers.moe import ExpertWeights, MoE, route
+from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.device import resolve_device, resolve_dtype
 from nanovllm.utils.loader import read_model_config, resolve_model_dir
@@ -164,33 +165,32 @@ class Floor:
         model = llm.model_runner.model
         stored = llm.model_runner.kv_cache, llm.model_runner.kv_scales
         embedding = model.model.embed_tokens.weight
+        config, layers = self.part, model.model.layers
+        experts = [
+            p for part in layers.modules() if isinstance(part, ExpertWeights)
+            for p in part.parameters()
+        ]  # fmt: skip
         # Of an input embedding whose memory is not the output head's too, only rows are read.
-        self.weight_bytes = sum(p.nbytes for p in model.parameters() if p.dim() < 3)
+        self.weight_bytes = num_bytes(model.parameters()) - num_bytes(experts)
         if model.lm_head.weight is not embedding:
             self.weight_bytes -= embedding.nbytes
         self.token_bytes = sum(x[:, :, 0, 0].nbytes for x in stored if x.numel())
-        config, layers = self.part, model.model.layers
         self.expert_shares = expert_shares
         self.expert_bytes = num_chosen = 0
         if config.experts is not None:
-            experts = [p for p in layers.parameters() if p.dim() == 3]  # of one: p[0]
-            self.expert_bytes = sum(p[0].nbytes for p in experts) // max(
-                1, len(config.experts.layers)
-            )
+            num_experts = config.experts.num_experts * len(config.experts.layers)
+            self.expert_bytes = num_bytes(experts) // max(1, num_experts)
             num_chosen = config.experts.num_chosen
 
         def weights(module: nn.Module) -> tuple[int, int]:
             """Those that a token is multiplied with: outside experts, and of the chosen ones."""
-            named = module.named_parameters()
-            parameters = [p for name, p in named if not name.endswith("scales")]
-            dense = sum(p.numel() for p in parameters if p.dim() == 2)
-            return dense, sum(num_chosen * p[0].numel() for p in parameters if p.dim() == 3)
+            parts = (part for part in module.modules() if isinstance(part, StoredWeight))
+            shapes = [part.own_shape for part in parts]
+            dense = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+            one_each = sum(math.prod(shape[1:]) for shape in shapes if len(shape) == 3)
+            return dense, num_chosen * one_each
 
         self.flops_per_token = 2 * sum(weights(layers))
-
-        def num_bytes(module: nn.Module) -> int:
-            """Of its matrices outside experts, scales included."""
-            return sum(p.nbytes for p in module.parameters() if p.dim() == 2)
 
         # Beyond K and V in the last layer.
         kv_rows = 2 * config.num_kv_heads * config.head_dim
@@ -200,9 +200,11 @@ class Floor:
         self.flops_per_logits = 2 * embedding.numel()
         # Weights that only tokens which are sampled from pass through: the last layer's, the head.
         # Its experts count as those of a layer, by number of sequences: see _touched_experts.
+        linears = [part for part in layers[-1].modules() if isinstance(part, Linear)]
         qkv_proj = layers[-1].self_attn.qkv_proj
-        kv_bytes = num_bytes(qkv_proj) * kv_rows // qkv_proj.weight.size(0)
-        self.last_bytes = num_bytes(layers[-1]) - kv_bytes + embedding.nbytes
+        self.last_bytes = sum(map(matrix_bytes, linears))
+        self.last_bytes -= matrix_bytes(qkv_proj) * kv_rows // qkv_proj.own_shape[0]
+        self.last_bytes += matrix_bytes(model.lm_head)
         self.last_has_experts = bool(sparse)
         self.weights_s = self.kv_s = self.prefill_s = self.linear_s = 0.0
         self.num_decode_steps = self.num_prefill_steps = 0
@@ -281,6 +283,16 @@ class Floor:
             f"Linear layers of the prefill steps, every token through all of them: "
             f"{self.linear_s:.3f}s = {self.linear_s / elapsed_s:.1%}"
         )
+
+
+def num_bytes(parameters: Iterable[Tensor]) -> int:
+    """That are read, if all of them are."""
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+def matrix_bytes(layer: Linear) -> int:
+    """Of its weight and its scales."""
+    return num_bytes(p for name, p in layer.named_parameters() if name != "bias")
 
 
 def _samples(batch: Batch) -> bool:
@@ -501,7 +513,8 @@ def main() -> None:
         raise SystemExit(f"bench.py: {error}") from None
     logging.basicConfig(format="%(message)s")
     model_dir = resolve_model_dir(args.dummy or args.model, with_weights=args.dummy is None)
-    dtype = resolve_dtype(args.dtype, read_model_config(model_dir).dtype, device)
+    is_int4 = args.quantization == "int4"
+    dtype = resolve_dtype(args.dtype, read_model_config(model_dir).dtype, device, is_int4)
     logging.getLogger("nanovllm").setLevel(logging.INFO)
     machine = Machine.measure(device, dtype)
     started = perf_counter()

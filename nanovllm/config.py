@@ -13,7 +13,7 @@ from nanovllm.utils.loader import read_model_config, resolve_model_dir
 
 logger = logging.getLogger("nanovllm")
 
-QUANTIZATIONS = ("fp8",)
+QUANTIZATIONS = ("fp8", "int4")
 ATTENTION_BACKENDS = ("torch", "flash_attn", "triton")
 KV_CACHE_DTYPES = ("auto", "fp8")
 BLOCK_SIZE_STEP = 16
@@ -77,7 +77,8 @@ class Config:
         attention_backend: "auto" (the fastest one installed), "torch", "flash_attn" or "triton".
         load_format: "auto" (safetensors) or "dummy" (random weights, no checkpoint read).
         quantization: "auto" (weights as the checkpoint has them) or "fp8" (e4m3 numbers in blocks
-            of 128 x 128 with a scale each, quantised while they are loaded).
+            of 128 x 128 with a scale each, quantised while they are loaded) or "int4" (on a CPU:
+            16 levels for each 128 inputs of an output, or 64 or 32; likewise).
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range, options that
@@ -168,6 +169,8 @@ class Config:
         _require_choice("quantization", self.quantization, ("auto", *QUANTIZATIONS))
 
     def _check_combinations(self) -> None:
+        if self.quantization == "int4" and self.device.startswith("cuda"):
+            raise ValueError(f"quantization='int4' needs a CPU, got device={self.device!r}")
         if self.attention_backend == "flash_attn":
             if self.device == "cpu":
                 raise ValueError("attention_backend='flash_attn' needs CUDA, got device='cpu'")

@@ -101,15 +101,20 @@ class Experts(NamedTuple):
 
 
 class Quantization(NamedTuple):
-    """How the weights of the layers' matrix products are stored, but for routers and the head.
+    """How the weights of the layers' matrix products are stored, but for routers.
 
-    method: "fp8", see utils.quantization. kept: modules whose weights stay as they are.
-    is_stored: the checkpoint holds them so; else they are quantised while they are loaded.
+    method: "fp8", see utils.quantization, or "int4", see layers.int4, which the head has too. kept:
+    modules whose weights stay as they are. is_stored: the checkpoint holds FP8 weights; else they
+    are quantised while they are loaded.
     """
 
     method: str
     kept: tuple[str, ...] = ()
     is_stored: bool = False
+
+    @property
+    def quantizes_head(self) -> bool:
+        return self.method == "int4" and not self.keeps("lm_head")
 
     def __str__(self) -> str:
         how = "as stored" if self.is_stored else "while loading"
@@ -221,6 +226,8 @@ class ModelConfig:
         """The same model, its weights quantised; "auto": as the checkpoint has them."""
         if method in ("auto", None if self.quantization is None else self.quantization.method):
             return self
+        if (found := self.quantization) is not None:
+            return replace(self, quantization=found._replace(method=method))
         return replace(self, quantization=Quantization(method))
 
     def split(self, num_ranks: int) -> "ModelConfig":

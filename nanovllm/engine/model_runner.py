@@ -19,11 +19,12 @@ from nanovllm.engine.sampling import Sampler, SamplingTensors
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
 from nanovllm.layers.attention import BACKENDS, Attention, select_backend
 from nanovllm.layers.filters import Filters
+from nanovllm.layers.int4 import require_int4
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.logprobs import ROWS_AT_A_TIME
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.products import first_sizes
-from nanovllm.layers.stored_weight import StoredWeight
+from nanovllm.layers.stored_weight import StoredWeight, pack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
@@ -60,7 +61,11 @@ class ModelRunner:
         self.block_size = config.kvcache_block_size
         self.blocks_per_seq = -(-config.max_model_len // self.block_size)
         self.device = resolve_device(config.device)
-        self.dtype = resolve_dtype(config.dtype, model.dtype, self.device)
+        quantization = model.quantization
+        self.is_int4 = quantization is not None and quantization.method == "int4"
+        if self.is_int4:
+            require_int4(self.device)
+        self.dtype = resolve_dtype(config.dtype, model.dtype, self.device, self.is_int4)
         self.is_fp8_cache = config.kv_cache_dtype == "fp8"
         case = self.device, self.dtype, self.block_size, model.head_dim, self.is_fp8_cache
         self.backend = select_backend(config.attention_backend, *case)
@@ -143,7 +148,8 @@ class ModelRunner:
         self.synchronize()
         with own_modes(self.device, inference=False):
             self.model.unpack()
-            load_weights(self.model, model_dir, self._shapes, self.group)
+            how = self._shapes, self.group, pack, self.is_int4
+            load_weights(self.model, model_dir, *how)
             self.model.pack()
 
     def new_seed(self) -> int:
@@ -185,15 +191,30 @@ class ModelRunner:
             if config.load_format == "dummy":
                 fill_random(model)
             else:
-                load_weights(model, config.model_dir, self._shapes, self.group)
+                which = self._shapes, self.group, pack, self.is_int4
+                load_weights(model, config.model_dir, *which)
             model.pack()
+        if self.is_int4:
+            self._tell_of_int4(model)
+        else:
+            self._tell_of_fp8(model)
+        return model.eval()
+
+    def _tell_of_int4(self, model: nn.Module) -> None:
+        weights = {n: m for n, m in model.named_modules() if isinstance(m, StoredWeight)}
+        if left := [name for name, weight in weights.items() if not weight.fits_int4]:
+            logger.info(
+                f"{len(left)} weights are not int4, no group of 32 inputs fits them: "
+                f"{', '.join(left[:5])}{', ...' if len(left) > 5 else ''}"
+            )
+
+    def _tell_of_fp8(self, model: nn.Module) -> None:
         fp8 = [m for m in model.modules() if isinstance(m, StoredWeight) and m.is_fp8]
         if other := sum(module.scales is None for module in fp8):
             logger.info(
                 f"{other} of {len(fp8)} FP8 weights are kept as "
                 f"{str(self.dtype).removeprefix('torch.')}: there are no kernels for them as such"
             )
-        return model.eval()
 
     def _allocate_step_memory(self) -> None:
         """What steps are given from outside the model: a place for logits and ids, scratch."""

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from nanovllm.kernels import kernel_of
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.fp8 import fp8_table
+from nanovllm.layers.int4 import Int4Weight
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.products import LinearInputs, ProductTable, pack, product_table
+from nanovllm.layers.products import (
+    LinearInputs,
+    ProductTable,
+    int4_table,
+    pack,
+    product_table,
+)
 from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.utils.parallel import RankGroup
 from nanovllm.utils.quantization import Fp8Rows, Fp8Weight, Target, own_targets
@@ -38,23 +45,19 @@ class Linear(StoredWeight):
         self.products = self._product_table()
 
     def _product_table(self) -> ProductTable:
+        if self.weight.dtype == torch.uint8 and self.scales is not None:
+            return int4_table(Int4Weight(self.weight, self.scales, self.own_shape[0]))
         if self.scales is not None:
             weight = Fp8Weight(self.weight, self.scales)
             return fp8_table(weight, self.dtype, self.is_gated, self.bias is not None)
         return product_table(self.weight, self.is_gated, self.is_head, self.bias is not None)
 
     def pack(self) -> None:
-        """Keep the weight, now that it is filled, as this machine multiplies fastest."""
+        super().pack()
         if self.scales is None and not self.weight.is_mkldnn:
             packed = pack(self.weight)
             if packed is not self.weight:
                 self.replace(packed)
-
-    def unpack(self) -> None:
-        """Have plain memory for the weight again, to be filled."""
-        if self.weight.is_mkldnn:
-            shape, dtype = self.weight.shape, self.weight.dtype
-            self.replace(torch.empty(shape, dtype=dtype, device=self.weight.device))
 
     def replace(self, weight: Tensor, scales: Tensor | None = None) -> None:
         super().replace(weight, scales)
@@ -108,7 +111,7 @@ class RowParallelLinear(Linear):
         norm: RMSNorm | None = None,
     ) -> Tensor:
         assert out is None
-        out = self.group.output(len(x), self.weight.size(0), x.dtype)
+        out = self.group.output(len(x), self.own_shape[0], x.dtype)
         residual = residual if self.group.rank == 0 else None
         y = super().forward(x, residual, out, norm)
         assert isinstance(y, Tensor)

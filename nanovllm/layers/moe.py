@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nanovllm import kernels
 from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.int4 import Int4Weight
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.stored_weight import StoredWeight
@@ -42,9 +43,11 @@ def route(logits: Tensor, num_chosen: int, renormalized: bool) -> tuple[Tensor, 
     return weights, chosen
 
 
-def run_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, chosen: Tensor
-) -> Tensor:
+# Of all experts.
+Stack = Tensor | Int4Weight
+
+
+def run_experts(x: Tensor, gate_up: Stack, down: Stack, weights: Tensor, chosen: Tensor) -> Tensor:
     """The weighted sum of the chosen experts' MLPs.
 
     Args:
@@ -64,9 +67,13 @@ def run_experts(
     for expert, those in enumerate(places.split(counts)):
         if len(those):
             tokens = those // num_chosen
-            y = F.linear(silu_and_mul(F.linear(x[tokens], gate_up[expert])), down[expert])
+            y = _linear(silu_and_mul(_linear(x[tokens], gate_up[expert])), down[expert])
             out.index_add_(0, tokens, y.to(exact) * weights.flatten()[those, None])
     return out.to(x.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor | Int4Weight) -> Tensor:
+    return weight.linear(x) if isinstance(weight, Int4Weight) else F.linear(x, weight)
 
 
 class GateUpWeight(StoredWeight):
@@ -80,12 +87,13 @@ class GateUpWeight(StoredWeight):
 class ExpertWeights(nn.Module):
     """Those of all experts' MLPs; options: their device and dtype."""
 
-    def __init__(self, config: ModelConfig, **options: Any) -> None:
+    def __init__(self, config: ModelConfig, group: RankGroup, **options: Any) -> None:
         super().__init__()
         assert config.experts is not None
         _, num_experts, _, size, _ = config.experts
         self.gate_up = GateUpWeight(num_experts, 2 * size, config.hidden_size, **options)
         self.down = StoredWeight(num_experts, config.hidden_size, size, **options)
+        self.down.group = group
 
     def shards(self) -> Iterator[tuple[str, Target]]:
         """("experts.0.gate_proj.weight", its part of gate_up) and so on."""
@@ -120,7 +128,7 @@ class MoE(nn.Module):
         self.num_chosen = config.experts.num_chosen
         self.renormalized = config.experts.renormalized
         self.gate = Linear(config.hidden_size, config.experts.num_experts, **options)
-        self.experts = ExpertWeights(config, **options)
+        self.experts = ExpertWeights(config, group, **options)
         # By the most tokens that each is for, as nanovllm.layers.products has it.
         self.products: dict[float, Callable[[ExpertInputs], Tensor]] = {math.inf: self._plain}
         if kernels.usable(self.experts.down.weight.device):
@@ -144,7 +152,7 @@ class MoE(nn.Module):
         x, norm, residual, out = inputs
         y = norm(x)
         weights, chosen = route(self.gate(y), self.num_chosen, self.renormalized)
-        y = run_experts(y, self.experts.gate_up.weight, self.experts.down.weight, weights, chosen)
+        y = run_experts(y, self.experts.gate_up.stack, self.experts.down.stack, weights, chosen)
         y = y if residual is None else residual.add_(y)
         return y if out is None else out.copy_(y)
 

@@ -6,15 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.layers.fp8 import is_kept
+from nanovllm.layers.int4 import Groups, Int4Weight, packed
 from nanovllm.model_config import Quantization
 from nanovllm.utils.loader import targets_by_module
+from nanovllm.utils.parallel import RankGroup
 from nanovllm.utils.quantization import Fp8Weight, Stored
 
 ROUTER = ".mlp.gate"  # how the name of a layer's router ends
 
 
 class StoredWeight(nn.Module):
-    """A weight [..., num_rows, input_size], or a stack of them, that may be FP8.
+    """A weight [..., num_rows, input_size], or a stack of them, that may be FP8 or int4.
+
+    Int4 is made by `pack` of what was filled: till then the weight is as the checkpoint has it.
 
     Args:
         shape: of the weight.
@@ -26,8 +30,11 @@ class StoredWeight(nn.Module):
         self.scales: Tensor | None
         self.weight = nn.Parameter(torch.empty(shape, **options), requires_grad=False)
         self.register_parameter("scales", None)
-        self.dtype = self.weight.dtype
+        self.dtype, self.own_shape = self.weight.dtype, self.weight.shape
+        self.group = RankGroup()  # the ranks that have a part of the inputs each
         self.is_fp8 = False
+        self.int4: Groups | None = None
+        self.fits_int4 = True
 
     @property
     def row_step(self) -> int:
@@ -35,21 +42,83 @@ class StoredWeight(nn.Module):
         return self.weight.size(-2)
 
     @property
+    def first_input(self) -> int | None:
+        """Where what is to be filled begins in the checkpoint's, if it is more than the rank's."""
+        if self.int4 is None or self.weight.size(-1) == self.own_shape[-1]:
+            return None
+        return self.group.rank * self.own_shape[-1] - self.int4.before
+
+    @property
+    def stack(self) -> Tensor | Int4Weight:
+        """The weight, or matrices of one, as PyTorch's products take it."""
+        if self.weight.dtype != torch.uint8 or self.scales is None:
+            return self.weight
+        return Int4Weight(self.weight, self.scales, self.own_shape[-2])
+
+    @property
     def stored(self) -> Stored:
         """The weight, with its scales if it is FP8."""
         return self.weight if self.scales is None else Fp8Weight(self.weight, self.scales)
 
-    def quantize(self) -> None:
-        """Be filled with FP8 numbers, kept as such or dequantised: see layers.fp8.is_kept."""
-        self.is_fp8 = True
-        shape, device = self.weight.shape, self.weight.device
-        block = Fp8Weight.block_of(shape, self.row_step)
-        if is_kept(shape, block, self.dtype, device):
+    def quantize(self, quantization: Quantization) -> None:
+        """Be filled with FP8 numbers, or become int4 once it is filled.
+
+        The former are kept as such or dequantised: see layers.fp8.is_kept.
+
+        Raises:
+            ValueError: int4 of a part of FP8 weights that cuts a group of inputs.
+        """
+        self.is_fp8 = quantization.method == "fp8" or quantization.is_stored
+        shape, device = self.own_shape, self.weight.device
+        if quantization.method == "int4":
+            self.int4 = Groups.of(shape[-1], self.group.rank, self.group.size)
+            self.fits_int4 = self.int4 is not None
+            if self.is_fp8 and self.int4 is not None and self.int4.num_others:
+                raise ValueError(
+                    f"quantization='int4' with FP8 weights in the checkpoint: {self.group.size} "
+                    f"ranks cut a group of {self.int4.size} inputs, which is not implemented"
+                )
+            self.unpack()
+        elif is_kept(shape, Fp8Weight.block_of(shape, self.row_step), self.dtype, device):
             self.replace(*Fp8Weight.empty(*shape, row_step=self.row_step, device=device))
+
+    def pack(self) -> None:
+        """Keep it, now that it is filled, as this machine multiplies fastest."""
+        if self.int4 is not None and self._is_plain():
+            found = packed(self.weight, self.int4)
+            if isinstance(found, Int4Weight):
+                self.replace(found.values, found.scales)
+            else:
+                self.replace(found)
+
+    def unpack(self) -> None:
+        """Have memory for it, to be filled."""
+        is_kept_fp8 = self.scales is not None and self.int4 is None
+        if not is_kept_fp8 and not self._is_plain():
+            shape, device = self._plain_shape(), self.weight.device
+            self.replace(torch.empty(shape, dtype=self.dtype, device=device))
+
+    def _plain_shape(self) -> tuple[int, ...]:
+        """Of what is read from the checkpoint: of groups that the rank's part cuts, all inputs."""
+        *stack, input_size = self.own_shape
+        return *stack, input_size + (0 if self.int4 is None else self.int4.num_others)
+
+    def _is_plain(self) -> bool:
+        """True if it is in the memory that a checkpoint's numbers are read to."""
+        weight = self.weight
+        is_plain = weight.dtype == self.dtype and not weight.is_mkldnn
+        return is_plain and weight.shape == self._plain_shape()
 
     def replace(self, weight: Tensor, scales: Tensor | None = None) -> None:
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
+
+
+def pack(module: nn.Module) -> None:
+    """Pack each weight in a module, and let those alone that are packed."""
+    for part in module.modules():
+        if isinstance(part, StoredWeight):
+            part.pack()
 
 
 def quantize(layer: nn.Module, name: str, quantization: Quantization) -> None:
@@ -71,4 +140,4 @@ def quantize(layer: nn.Module, name: str, quantization: Quantization) -> None:
                 "merged with it: that is not implemented"
             )
         for weight in weights if not kept else ():
-            weight.quantize()
+            weight.quantize(quantization)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from nanovllm.layers.attention import Attention, Backend
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import GatedLinear, Linear, MergedLinear, RowParallelLinear
+from nanovllm.layers.linear import GatedLinear, MergedLinear, RowParallelLinear
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.layers.stored_weight import quantize
+from nanovllm.layers.stored_weight import StoredWeight, quantize
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.context import Context
 from nanovllm.utils.parallel import RankGroup
@@ -188,25 +188,28 @@ class Qwen3ForCausalLM(nn.Module):
         self.model = Qwen3Model(config, backend, max_positions, group, **options)
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, **options)
         self.tie_word_embeddings = config.tie_word_embeddings
+        quantization = config.quantization
+        if quantization is not None and quantization.quantizes_head:
+            self.lm_head.quantize(quantization._replace(is_stored=False))
         self.unpack()
 
     def pack(self) -> None:
-        """To be called when all parameters are filled: see Linear.pack.
+        """To be called when all parameters are filled: see StoredWeight.pack.
 
         A tied embedding stays as it is, since its rows are looked up, beside the packed head.
         """
-        for linear in self._linears():
-            linear.pack()
+        for weight in self._stored_weights():
+            weight.pack()
 
     def unpack(self) -> None:
         """To be called before parameters are filled."""
-        for linear in self._linears():
-            linear.unpack()
+        for weight in self._stored_weights():
+            weight.unpack()
         if self.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def _linears(self) -> Iterator[Linear]:
-        return (module for module in self.modules() if isinstance(module, Linear))
+    def _stored_weights(self) -> Iterator[StoredWeight]:
+        return (module for module in self.modules() if isinstance(module, StoredWeight))
 
     def forward(self, x: Tensor, context: Context, out: Tensor | None = None) -> Tensor:
         """Logits of the positions that `context.logit_rows` names.

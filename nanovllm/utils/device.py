@@ -34,12 +34,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(requested: str, checkpoint: str, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: the one asked for, or if "auto" the one that suits the device."""
+def resolve_dtype(
+    requested: str, checkpoint: str, device: torch.device, is_int4: bool = False
+) -> torch.dtype:
+    """The dtype to compute in: the one asked for, or if "auto" the one that suits the device.
+
+    Args:
+        is_int4: the weights are, which any CPU multiplies fastest by bfloat16.
+    """
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if requested != "auto":
         return dtypes[requested]
     if device.type == "cpu":
+        if is_int4:
+            logger.info("dtype bfloat16: int4 weights are multiplied fastest by it")
+            return torch.bfloat16
         if checkpoint == "bfloat16" and multiplies_bfloat16():
             logger.info("dtype bfloat16: the checkpoint's, and this processor multiplies in it")
             return torch.bfloat16

@@ -1,6 +1,6 @@
 """Find a checkpoint and fill a model's parameters from it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +15,10 @@ from nanovllm.utils.quantization import (
     E4M3,
     E4M3_MAX,
     SCALES_SUFFIX,
+    Dequantized,
+    Fp8Weight,
     Target,
+    WidePart,
     num_blocks,
     own_targets,
     quantize,
@@ -206,6 +209,8 @@ def load_weights(
     model_dir: Path,
     shapes: dict[str, torch.Size] | None = None,
     group: RankGroup | None = None,
+    on_filled: Callable[[nn.Module], object] = lambda module: None,
+    is_finite: bool = False,
 ) -> None:
     """Fill all of a model's parameters from the safetensors in a directory.
 
@@ -215,6 +220,8 @@ def load_weights(
     Args:
         shapes: the checkpoint's, where the model is one rank's part of it; None: the model's own.
         group: of the ranks that share it: of each tensor only the rank's part is read.
+        on_filled: told of each module once all of its parameters are filled.
+        is_finite: matrices must be, since they are quantised later.
 
     Raises:
         ValueError: as check_checkpoint, and then nothing has been changed; or tied weights that
@@ -223,18 +230,28 @@ def load_weights(
     group = RankGroup() if group is None else group
     is_tied = bool(getattr(model, "tie_word_embeddings", False))
     check_checkpoint(checkpoint_shapes(model) if shapes is None else shapes, is_tied, model_dir)
-    targets = checkpoint_targets(model)
+    targets: dict[str, Target] = {}
+    left: dict[str, tuple[nn.Module, set[str]]] = {}  # of each module, what is not yet filled
+    for module, pairs in targets_by_module(model):
+        targets.update(pairs)
+        names = {name for name, _ in pairs}
+        left.update(dict.fromkeys(names, (module, names)))
     filled: set[str] = set()
     with _opened(model_dir, next(model.parameters()).device) as files:
         for name in files:
             if name not in targets:
                 continue  # another rank's, or scales, which are read with their weight
-            target = targets[name]
-            if not isinstance(target, Tensor):
+            target = targets.pop(name)
+            if isinstance(target, (Fp8Weight, Dequantized)):
                 target.fill(*_read_fp8(files, name, target.shape, group))
+                numbers = target.weight if isinstance(target, Dequantized) else None
             else:
                 whole = files[name].get_slice(name).get_shape()
-                tensor = _read(files, name, _place(whole, target.shape, group))
+                place = _place(whole, target.shape, group)
+                if isinstance(target, WidePart):
+                    place = place[0], slice(target.start, target.start + target.shape[1])
+                    target = target.memory
+                tensor = _read(files, name, place)
                 is_again = is_tied and name in TIED and filled & TIED
                 if is_again and not torch.equal(tensor.to(target.dtype), target):
                     raise ValueError(
@@ -242,7 +259,16 @@ def load_weights(
                         "from the embedding"
                     )
                 target.data.copy_(tensor)
+                numbers = target if target.dim() > 1 else None
+            if is_finite and numbers is not None and not numbers.isfinite().all():
+                raise ValueError(
+                    f"tensor {name!r} holds infinite numbers or NaN, which int4 weights cannot"
+                )
             filled.add(name)
+            module, names = left.pop(name)
+            names.discard(name)
+            if not names:
+                on_filled(module)
 
 
 def _place(whole: list[int], shape: torch.Size, group: RankGroup) -> tuple[slice, ...]:

@@ -140,9 +140,27 @@ class Dequantized(NamedTuple):
         self.weight.copy_(part.dequantized(self.weight.dtype))
 
 
+class WidePart(NamedTuple):
+    """Memory [..., num_rows, width] for more of a checkpoint's matrix than a rank's part.
+
+    start: the first of the matrix's inputs that it is for.
+    """
+
+    memory: Tensor
+    start: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.memory.shape
+
+    def split(self, sizes: Sequence[int]) -> "list[WidePart]":
+        """Parts of so many rows each, as views."""
+        return [WidePart(part, self.start) for part in self.memory.split(list(sizes), dim=-2)]
+
+
 # A weight, or a stack of them, as it is kept; and what one tensor of a checkpoint fills.
 Stored = Tensor | Fp8Weight
-Target = Stored | Dequantized
+Target = Stored | Dequantized | WidePart
 
 
 def num_blocks(size: int) -> int:
@@ -188,6 +206,8 @@ def own_targets(module: nn.Module) -> dict[str, Target]:
         targets["weight"] = Fp8Weight(parameters["weight"], scales)
     elif getattr(module, "is_fp8", False):
         targets["weight"] = Dequantized(parameters["weight"])
+    elif (first_input := getattr(module, "first_input", None)) is not None:
+        targets["weight"] = WidePart(parameters["weight"], first_input)
     return targets
 
 
@@ -195,6 +215,8 @@ def matrices(stack: Target) -> Sequence[Target]:
     """Those of a stack, as views."""
     if isinstance(stack, Fp8Weight):
         return list(map(Fp8Weight, stack.values, stack.scales))
+    if isinstance(stack, WidePart):
+        return [WidePart(memory, stack.start) for memory in stack.memory]
     if isinstance(stack, Dequantized):
         return list(map(Dequantized, stack.weight))
     return list(stack)
