@@ -6,6 +6,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import secrets
+
+# Of the random models; set here, so that processes that share a run of the tests have the same.
+os.environ.setdefault("NANOVLLM_TEST_SEED", str(secrets.randbelow(10**6)))
+
 import gc
 import importlib.util
 import json

@@ -3,7 +3,6 @@
 import os
 import random
 import resource
-import secrets
 import signal
 import socket
 import subprocess
@@ -52,7 +51,7 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import checkpoint_shapes, checkpoint_targets, load_weights
 from nanovllm.utils.parallel import FRAME, HostGroup, RankGroup
 
-RUN_SEED = int(os.environ.get("NANOVLLM_TEST_SEED") or secrets.randbelow(10**6))
+RUN_SEED = int(os.environ["NANOVLLM_TEST_SEED"])
 ROOT = Path(__file__).parents[1]
 ReferenceFactory = Callable[[Path], Reference]
 

@@ -6,7 +6,6 @@ The models are random, and other ones in each run; NANOVLLM_TEST_SEED repeats a 
 import dataclasses
 import os
 import random
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from nanovllm import LLM, SamplingParams
 
 pytestmark = pytest.mark.slow
 
-RUN_SEED = os.environ.get("NANOVLLM_TEST_SEED") or str(secrets.randbelow(10**6))
+RUN_SEED = os.environ["NANOVLLM_TEST_SEED"]
 NUM_MODELS = 12
 NUM_RELATIVES = 16  # 4 Llama, 2 Mistral, 4 with YaRN, 6 with experts
 MAX_LOGITS_ERROR = 1e-5  # of the largest logit
