@@ -24,7 +24,7 @@ from nanovllm.layers.linear import Linear
 from nanovllm.layers.logprobs import ROWS_AT_A_TIME
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.products import first_sizes
-from nanovllm.layers.stored_weight import StoredWeight, pack
+from nanovllm.layers.stored_weight import notes, pack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
@@ -194,27 +194,9 @@ class ModelRunner:
                 which = self._shapes, self.group, pack, self.is_int4
                 load_weights(model, config.model_dir, *which)
             model.pack()
-        if self.is_int4:
-            self._tell_of_int4(model)
-        else:
-            self._tell_of_fp8(model)
+        for note in notes(model):
+            logger.info(note)
         return model.eval()
-
-    def _tell_of_int4(self, model: nn.Module) -> None:
-        weights = {n: m for n, m in model.named_modules() if isinstance(m, StoredWeight)}
-        if left := [name for name, weight in weights.items() if not weight.fits_int4]:
-            logger.info(
-                f"{len(left)} weights are not int4, no group of 32 inputs fits them: "
-                f"{', '.join(left[:5])}{', ...' if len(left) > 5 else ''}"
-            )
-
-    def _tell_of_fp8(self, model: nn.Module) -> None:
-        fp8 = [m for m in model.modules() if isinstance(m, StoredWeight) and m.is_fp8]
-        if other := sum(module.scales is None for module in fp8):
-            logger.info(
-                f"{other} of {len(fp8)} FP8 weights are kept as "
-                f"{str(self.dtype).removeprefix('torch.')}: there are no kernels for them as such"
-            )
 
     def _allocate_step_memory(self) -> None:
         """What steps are given from outside the model: a place for logits and ids, scratch."""

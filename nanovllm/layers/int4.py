@@ -4,14 +4,17 @@ Torch has an operator that multiplies by them. It keeps a matrix in blocks of ro
 input after input, the codes of two rows a byte; which two depends on the processor's instructions.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.layers.products import LinearInputs, ProductTable, finished
 from nanovllm.utils.device import multiplies_bfloat16
 
 OPERATORS = "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"
@@ -89,9 +92,10 @@ class Int4Weight:
     def group(self) -> int:
         return 2 * self.values.size(-1) // self.scales.size(-3)
 
-    def __len__(self) -> int:
-        """Of a stack."""
-        return len(self.values)
+    @property
+    def shape(self) -> torch.Size:
+        *stack, _, half = self.values.shape
+        return torch.Size((*stack, self.num_rows, 2 * half))
 
     def __getitem__(self, index: int) -> "Int4Weight":
         """One of a stack, as a view."""
@@ -261,3 +265,29 @@ def _codes(grouped: Tensor, scales: Tensor) -> Tensor:
     scale, zero = scales[..., None].unbind(-2)
     steps = (grouped - zero) / scale.masked_fill(scale == 0, 1.0)
     return steps.round_().add_(ZERO_CODE).clamp_(0, LEVELS - 1)
+
+
+# --- products
+
+
+def int4_few(inputs: LinearInputs, weight: Int4Weight) -> Tensor:
+    """Torch's product of int4 weights."""
+    return _int4(inputs, weight.few)
+
+
+def int4_many(inputs: LinearInputs, weight: Int4Weight) -> Tensor:
+    """They are dequantised once, and multiplied as others are."""
+    return _int4(inputs, weight.many)
+
+
+def _int4(inputs: LinearInputs, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    y = multiply(inputs.normed())
+    return finished(inputs, y if inputs.bias is None else y.add_(inputs.bias))
+
+
+def int4_table(weight: Int4Weight) -> ProductTable:
+    """As products.product_table, of a layer whose weight is int4."""
+    few: ProductTable = {}
+    if weight.most_few:
+        few = {weight.most_few: partial(int4_few, weight=weight)}
+    return few | {math.inf: partial(int4_many, weight=weight)}

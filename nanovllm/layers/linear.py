@@ -14,15 +14,9 @@ from torch import Tensor, nn
 from nanovllm.kernels import kernel_of
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.fp8 import fp8_table
-from nanovllm.layers.int4 import Int4Weight
+from nanovllm.layers.int4 import Int4Weight, int4_table
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.products import (
-    LinearInputs,
-    ProductTable,
-    int4_table,
-    pack,
-    product_table,
-)
+from nanovllm.layers.products import LinearInputs, ProductTable, pack, product_table
 from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.utils.parallel import RankGroup
 from nanovllm.utils.quantization import Fp8Rows, Fp8Weight, Target, own_targets
@@ -45,10 +39,10 @@ class Linear(StoredWeight):
         self.products = self._product_table()
 
     def _product_table(self) -> ProductTable:
-        if self.weight.dtype == torch.uint8 and self.scales is not None:
-            return int4_table(Int4Weight(self.weight, self.scales, self.own_shape[0]))
-        if self.scales is not None:
-            weight = Fp8Weight(self.weight, self.scales)
+        weight = self.stored
+        if isinstance(weight, Int4Weight):
+            return int4_table(weight)
+        if isinstance(weight, Fp8Weight):
             return fp8_table(weight, self.dtype, self.is_gated, self.bias is not None)
         return product_table(self.weight, self.is_gated, self.is_head, self.bias is not None)
 

@@ -20,7 +20,7 @@ from nanovllm.layers.linear import Linear
 from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.parallel import RankGroup
-from nanovllm.utils.quantization import Target, matrices, own_targets
+from nanovllm.utils.quantization import Fp8Weight, Stored, Target, matrices, own_targets
 
 # Up to how many tokens each reads the weights of its own experts, on a GPU. Measured on an H100.
 MOST_FEW = 1
@@ -43,8 +43,8 @@ def route(logits: Tensor, num_chosen: int, renormalized: bool) -> tuple[Tensor, 
     return weights, chosen
 
 
-# Of all experts.
-Stack = Tensor | Int4Weight
+# Matrices of all experts, one upon the other.
+Stack = Tensor | Fp8Weight | Int4Weight
 
 
 def run_experts(x: Tensor, gate_up: Stack, down: Stack, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -63,17 +63,23 @@ def run_experts(x: Tensor, gate_up: Stack, down: Stack, weights: Tensor, chosen:
     out = torch.zeros_like(x, dtype=exact)
     num_chosen = chosen.size(1)
     places = chosen.flatten().argsort(stable=True)  # of (token, choice), by expert
-    counts = torch.bincount(chosen.flatten(), minlength=len(down)).tolist()
+    counts = torch.bincount(chosen.flatten(), minlength=down.shape[0]).tolist()
     for expert, those in enumerate(places.split(counts)):
         if len(those):
             tokens = those // num_chosen
-            y = _linear(silu_and_mul(_linear(x[tokens], gate_up[expert])), down[expert])
+            y = _linear(silu_and_mul(_linear(x[tokens], gate_up, expert)), down, expert)
             out.index_add_(0, tokens, y.to(exact) * weights.flatten()[those, None])
     return out.to(x.dtype)
 
 
-def _linear(x: Tensor, weight: Tensor | Int4Weight) -> Tensor:
-    return weight.linear(x) if isinstance(weight, Int4Weight) else F.linear(x, weight)
+def _linear(x: Tensor, stack: Stack, expert: int) -> Tensor:
+    """x @ the expert's weight.T."""
+    if isinstance(stack, Int4Weight):
+        return stack[expert].linear(x)
+    if isinstance(stack, Fp8Weight):
+        matrix = Fp8Weight(stack.values[expert], stack.scales[expert])
+        return F.linear(x, matrix.dequantized(x.dtype))
+    return F.linear(x, stack[expert])
 
 
 class GateUpWeight(StoredWeight):
@@ -152,9 +158,15 @@ class MoE(nn.Module):
         x, norm, residual, out = inputs
         y = norm(x)
         weights, chosen = route(self.gate(y), self.num_chosen, self.renormalized)
-        y = run_experts(y, self.experts.gate_up.stack, self.experts.down.stack, weights, chosen)
+        y = run_experts(y, self.experts.gate_up.stored, self.experts.down.stored, weights, chosen)
         y = y if residual is None else residual.add_(y)
         return y if out is None else out.copy_(y)
+
+    def _weights(self) -> tuple[Stored, Stored]:
+        """Of all experts, on a GPU, where none are int4."""
+        gate_up, down = self.experts.gate_up.stored, self.experts.down.stored
+        assert not isinstance(gate_up, Int4Weight) and not isinstance(down, Int4Weight)
+        return gate_up, down
 
     def _few_tokens(self, inputs: ExpertInputs) -> Tensor:
         """Four launches: the router, its choice, gate and up, down."""
@@ -162,7 +174,7 @@ class MoE(nn.Module):
 
         x, norm, residual, out = inputs
         routed = moe.route(self.gate(x, norm=norm), self.num_chosen, self.renormalized)
-        weights = self.experts.gate_up.stored, self.experts.down.stored
+        weights = self._weights()
         normed = x, norm.weight, norm.eps
         return moe.few_tokens_experts(*normed, *weights, *routed, residual=residual, out=out)
 
@@ -171,6 +183,6 @@ class MoE(nn.Module):
 
         x, norm, residual, out = inputs
         y = norm(x)
-        weights = self.experts.gate_up.stored, self.experts.down.stored
+        weights = self._weights()
         routed = self.gate(y), self.num_chosen
         return grouped_experts(y, *weights, *routed, self.renormalized, residual, out)

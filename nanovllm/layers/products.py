@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.layers.int4 import Int4Weight
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.device import uses_onednn
 from nanovllm.utils.quantization import Fp8Rows
@@ -119,21 +118,6 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def int4_few(inputs: LinearInputs, weight: Int4Weight) -> Tensor:
-    """Torch's product of int4 weights."""
-    return _int4(inputs, weight.few)
-
-
-def int4_many(inputs: LinearInputs, weight: Int4Weight) -> Tensor:
-    """They are dequantised once, and multiplied as others are."""
-    return _int4(inputs, weight.many)
-
-
-def _int4(inputs: LinearInputs, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-    y = multiply(inputs.normed())
-    return finished(inputs, y if inputs.bias is None else y.add_(inputs.bias))
-
-
 def few_tokens(inputs: LinearInputs) -> Tensor:
     """One launch."""
     from nanovllm.kernels.gemv import matvec
@@ -202,14 +186,6 @@ def product_table(
 def is_small(shape: Sequence[int]) -> bool:
     """True for layers like Qwen3-0.6B's, or a quarter of Qwen3-8B's q, k and v."""
     return min(shape) <= 1536 and math.prod(shape) <= 6144 * 1024
-
-
-def int4_table(weight: Int4Weight) -> ProductTable:
-    """Likewise of one whose weight is int4."""
-    few: ProductTable = {}
-    if weight.most_few:
-        few = {weight.most_few: partial(int4_few, weight=weight)}
-    return few | {math.inf: partial(int4_many, weight=weight)}
 
 
 def _most_small(weight: Tensor, is_gated: bool, is_head: bool, was_measured: bool) -> int:

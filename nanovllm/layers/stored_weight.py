@@ -1,5 +1,6 @@
-"""StoredWeight: a weight that is kept as it is in the model's dtype, or as FP8."""
+"""StoredWeight: a weight that is kept in the model's dtype, as FP8 or as int4."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from nanovllm.layers.int4 import Groups, Int4Weight, packed
 from nanovllm.model_config import Quantization
 from nanovllm.utils.loader import targets_by_module
 from nanovllm.utils.parallel import RankGroup
-from nanovllm.utils.quantization import Fp8Weight, Stored
+from nanovllm.utils.quantization import Fp8Weight
 
 ROUTER = ".mlp.gate"  # how the name of a layer's router ends
 
@@ -49,16 +50,13 @@ class StoredWeight(nn.Module):
         return self.group.rank * self.own_shape[-1] - self.int4.before
 
     @property
-    def stack(self) -> Tensor | Int4Weight:
-        """The weight, or matrices of one, as PyTorch's products take it."""
-        if self.weight.dtype != torch.uint8 or self.scales is None:
+    def stored(self) -> Tensor | Fp8Weight | Int4Weight:
+        """The weight, with its scales if it has any."""
+        if self.scales is None:
             return self.weight
-        return Int4Weight(self.weight, self.scales, self.own_shape[-2])
-
-    @property
-    def stored(self) -> Stored:
-        """The weight, with its scales if it is FP8."""
-        return self.weight if self.scales is None else Fp8Weight(self.weight, self.scales)
+        if self.int4 is not None:
+            return Int4Weight(self.weight, self.scales, self.own_shape[-2])
+        return Fp8Weight(self.weight, self.scales)
 
     def quantize(self, quantization: Quantization) -> None:
         """Be filled with FP8 numbers, or become int4 once it is filled.
@@ -141,3 +139,19 @@ def quantize(layer: nn.Module, name: str, quantization: Quantization) -> None:
             )
         for weight in weights if not kept else ():
             weight.quantize(quantization)
+
+
+def notes(model: nn.Module) -> Iterator[str]:
+    """What is to be said of weights that are not kept as they were to be quantised."""
+    weights = {n: part for n, part in model.named_modules() if isinstance(part, StoredWeight)}
+    if left := [name for name, weight in weights.items() if not weight.fits_int4]:
+        yield (
+            f"{len(left)} weights are not int4, no group of 32 inputs fits them: "
+            f"{', '.join(left[:5])}{', ...' if len(left) > 5 else ''}"
+        )
+    fp8 = [weight for weight in weights.values() if weight.is_fp8 and weight.int4 is None]
+    if other := [weight for weight in fp8 if weight.scales is None]:
+        yield (
+            f"{len(other)} of {len(fp8)} FP8 weights are kept as {str(other[0].dtype)[6:]}: they "
+            "are small, or there are no kernels for them as such"
+        )
