@@ -464,6 +464,14 @@ def test_the_product_of_torch(shape: tuple[int, int], num_tokens: int, dtype: to
     assert_near(product(product_inputs(between, weight)), exact)
 
 
+def test_a_16_bit_layer_takes_what_a_gated_one_of_fp8_gives() -> None:
+    """Of an MLP gate and up may be FP8, and down too small for it."""
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows, layer = fp8.quantize_rows(x), Linear(256, 64, dtype=torch.bfloat16)
+    layer.weight.data.normal_()
+    assert torch.equal(layer(rows), layer(exact_rows(rows).bfloat16()))
+
+
 # ---- experts
 
 # Experts' intermediate size, and what shares a scale of gate and up, and of down; None: 16 bits.
