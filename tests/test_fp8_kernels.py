@@ -614,6 +614,20 @@ def test_few_tokens_experts(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_outputs_past_32_bits() -> None:
+    """More than 2^31 of them: the last ones are where they belong."""
+    from nanovllm.kernels.small_linear import small_linear
+
+    num_tokens, weight = 90_000, fp8_weight(24_576, 128)
+    assert num_tokens * 24_576 > 2**31
+    rows = fp8_rows(num_tokens, 128, torch.bfloat16)
+    out = small_linear(rows, weight.values, scales=weight.scales)
+    for part in (slice(0, 9), slice(num_tokens - 9, num_tokens)):
+        assert_near(out[part], exact_rows(rows)[part] @ exact_weight(weight).T)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 @pytest.mark.parametrize("num_tokens", [1, 3, 70, 5000])
 def test_experts_past_32_bits(num_tokens: int) -> None:
     """More than 2^31 elements of weights, the last experts chosen."""
