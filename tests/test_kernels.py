@@ -1,8 +1,9 @@
 """The Triton kernels against PyTorch twins.
 
-On a GPU the tests run as they are. Without one, `test_interpreted` runs this file once more in a
-process where Triton interprets its kernels (float32 and float16: the interpreter has no bf16 dot),
-and the launches are compiled for GPUs that need not be there, to see that their tiles fit.
+On a GPU the tests run as they are. Without one, `test_interpreted` runs this file and that of the
+kernels for FP8 weights once more in a process where Triton interprets its kernels (float32 and
+float16: the interpreter has no bf16 dot), and the launches are compiled for GPUs that need not be
+there, to see that their tiles fit.
 """
 
 import ast
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
@@ -56,6 +58,7 @@ from nanovllm.layers.sampler import ids_of, sample
 from nanovllm.layers.torch_attention import AttentionInputs
 from nanovllm.model_config import Rope
 from nanovllm.utils.context import Context, cut_queries
+from nanovllm.utils.quantization import E4M3, Fp8Rows, Fp8Weight
 
 pytest.importorskip("triton")
 
@@ -87,10 +90,12 @@ def runs_on_hopper(test: Callable[..., None]) -> Callable[..., None]:
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
+FP8_KERNELS = str(Path(__file__).with_name("test_fp8_kernels.py"))
+
 if not (INTERPRETED or CUDA):
 
     @pytest.mark.beside(
-        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__),
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, FP8_KERNELS),
         TRITON_INTERPRET="1",
         OMP_NUM_THREADS="1",
     )
@@ -1771,6 +1776,7 @@ LAUNCHES += [
     for sm in SHARED_BYTES
     for name in ("decode", "prefill", "FP8 cache", "linear", "experts", "all-reduce")
 ]
+LAUNCHES += [(sm, name) for sm in (89, 90, 120) for name in ("FP8 linear", "FP8 experts")]
 
 
 def fp8_pool(*shape: int) -> tuple[Tensor, Tensor]:
@@ -1799,6 +1805,9 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.empty(*shape, dtype=dtype)
 
     shared_bytes = SHARED_BYTES[capability]
+    for module in (moe, small_linear):
+        monkeypatch.setattr(module, "has_tma", lambda _: capability >= 90)
+        monkeypatch.setattr(module, "shared_memory", lambda _: shared_bytes)
     lens, tables = empty(4, dtype=torch.int32), empty(4, 5, dtype=torch.int32)
     longs, cos_sin = empty(4, dtype=torch.int64), empty(9, 128, dtype=torch.float32)
     cache = empty(9, 256, 8, 128)
@@ -1831,8 +1840,6 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
                     x, x[0], x[0], EPS, cos_sin, longs, *stored, write_key, scales, scales
                 )
     elif name == "experts":
-        monkeypatch.setattr(moe, "has_tma", lambda _: capability >= 90)
-        monkeypatch.setattr(moe, "shared_memory", lambda _: shared_bytes)
         gate_up, down = empty(128, 1536, 2048), empty(128, 2048, 768)
         x = empty(4, 2048)
         routed = moe.route(empty(4, 128), 8, True)
@@ -1844,6 +1851,10 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         full = (empty(*size, dtype=torch.float32) for size in ((4, 96, 64), (4, 64, 48)))
         x, logits = empty(9, 64, dtype=torch.float32), empty(9, 4, dtype=torch.float32)
         moe.grouped_experts(x, *full, logits, 2, True, x)
+    elif name == "FP8 linear":
+        launch_fp8_linear()
+    elif name == "FP8 experts":
+        launch_fp8_experts()
     elif name == "all-reduce":
         for num_ranks in (2, 4):
             peers = all_reduce.Peers(longs, longs, longs, 1, num_ranks)
@@ -1885,8 +1896,6 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         x = empty(2, 4096)
         gemv.matvec(x, empty(24576, 4096), None, x[0], EPS, gated=True)
-        monkeypatch.setattr(small_linear, "has_tma", lambda _: capability >= 90)
-        monkeypatch.setattr(small_linear, "shared_memory", lambda _: shared_bytes)
         for num_tokens in (16, 64):
             small_linear.small_linear(empty(num_tokens, 4096), empty(4096, 4096))
             small_linear.small_linear(empty(num_tokens, 4096), empty(6144, 4096))
@@ -1904,6 +1913,52 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         if capability == 90:
             gated_linear.gated_linear(empty(3000, 1024), empty(6144, 1024))
         gemv.matvec(empty(1, 12288), empty(4096, 12288), residual=x[:1])
+
+
+def launch_fp8_linear() -> None:
+    from nanovllm.kernels import fp8_rows, gemv, small_linear
+
+    x = torch.empty(200, 12_288, dtype=torch.bfloat16)
+    fp8_rows.quantize_rows(x)
+    fp8_rows.quantize_rows(x, x[0], EPS)
+    fp8_rows.silu_and_quantize(x, 200)
+    # The rows of a weight, its inputs, what shares a scale, whether it is gated.
+    for outputs, inputs, row_step, gated in (
+        (24_576, 4096, 128, True),
+        (4096, 12_288, 128, False),
+        (2432, 2560, 64, True),
+        (4608, 2560, 64, False),
+    ):
+        weight = Fp8Weight.empty(outputs, inputs, row_step=row_step, device=torch.device("cpu"))
+        how = {"gated": gated, "scales": weight.scales}
+        x = torch.empty(16, inputs, dtype=torch.bfloat16 if row_step == 128 else torch.float16)
+        gemv.matvec(x[:1], weight.values, None, x[0], EPS, **how)
+        small_linear.small_linear(x, weight.values, **how)
+        for num_tokens in (17, 65, 129) if row_step == 128 else (129,):
+            rows = Fp8Rows.empty(num_tokens, inputs, 16, x)
+            small_linear.small_linear(rows, weight.values, **how)
+
+
+def launch_fp8_experts() -> None:
+    from nanovllm.kernels import moe
+
+    cpu = torch.device("cpu")
+    # An expert's intermediate size (FP8 are its weights where blocks fit), and numbers of tokens.
+    for size, counts in ((768, (1, 100, 300, 1000, 3000)), (192, (1000, 3000)), (96, (3000,))):
+        gate_up: Tensor | Fp8Weight = Fp8Weight.empty(
+            128, 2 * size, 2048, row_step=size, device=cpu
+        )
+        if size % 64:
+            gate_up = torch.empty(128, 2 * size, 2048, dtype=torch.bfloat16)
+        down = Fp8Weight.empty(128, 2048, size, row_step=2048, device=cpu)
+        for num_tokens in counts:
+            x = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
+            logits = torch.empty(num_tokens, 128, dtype=torch.bfloat16)
+            if num_tokens == 1:
+                routed = moe.route(logits, 8, True)
+                moe.few_tokens_experts(x, x[0], EPS, gate_up, down, *routed, x)
+            else:
+                moe.grouped_experts(x, gate_up, down, logits, 8, True, x)
 
 
 @pytest.mark.slow
@@ -1985,4 +2040,5 @@ TRITON_TYPES = {
     torch.float16: "fp16",
     torch.int16: "i16",
     torch.uint8: "u8",
+    E4M3: "fp8e4nv",
 }

@@ -106,14 +106,17 @@ def _small_linear_kernel(
         w = _load_rows(weight, row, k, NUM_ROWS, K, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, TMA)
         shares = 1.0
         if x_scales is not None:
-            own = x_scales + k // BLOCK_K * num_rows + tokens
-            shares = tl.load(own, mask=(tokens < num_tokens) & (k < K), other=0.0)[:, None]
+            factors = x_scales + k // BLOCK_K * num_rows + tokens
+            shares = tl.load(factors, mask=(tokens < num_tokens) & (k < K), other=0.0)[:, None]
         acc = add_product(acc, v, w, scales, row, k, shares, K, BLOCK_K, SCALED_ROWS, PRECISION)
         if GATED:
             row = N + first_column
             w = _load_rows(weight, row, k, NUM_ROWS, K, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, TMA)
             up = add_product(up, v, w, scales, row, k, shares, K, BLOCK_K, SCALED_ROWS, PRECISION)
-    places = tokens[:, None] * N + columns[None, :]
+    own = tokens[:, None]
+    if x_scales is not None:  # of any number of tokens
+        own = own.to(tl.int64)
+    places = own * N + columns[None, :]
     mask = (tokens < num_tokens)[:, None] & (columns < N)[None, :]
     if PARTS > 1:
         size = num_tokens * N

@@ -22,7 +22,7 @@ from nanovllm.utils.quantization import Fp8Rows
 class LinearInputs(NamedTuple):
     """What a product is given: residual + (norm(x) @ weight.T + bias) is wanted.
 
-    x: [num_tokens, input_size], FP8 only for a product that takes it so. weight: [num_rows,
+    x: [num_tokens, input_size], FP8 only from a gated layer of FP8 weights. weight: [num_rows,
     input_size]. act: for a gated layer, what makes SiLU of the first half of the columns, times the
     second half, of the product. bias: [num_rows]. residual: [num_tokens, num_rows], may be
     overwritten. out: [num_tokens, num_rows], to be filled, which may be `residual`; not in a gated
@@ -38,8 +38,9 @@ class LinearInputs(NamedTuple):
     out: Tensor | None
 
     def normed(self) -> Tensor:
-        """x after its norm, in a launch of its own."""
-        assert isinstance(self.x, Tensor)
+        """x after its norm, in a launch of its own; of FP8, which has none, what it stands for."""
+        if isinstance(self.x, Fp8Rows):
+            return self.x.dequantized()
         return self.x if self.norm is None else self.norm(self.x)
 
 
