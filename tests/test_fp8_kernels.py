@@ -60,16 +60,16 @@ def assert_near(out: Tensor, exact: Tensor, factor: float = 1) -> None:
 
 def fp8_weight(*shape: int, block: Block = (128, 128)) -> Fp8Weight:
     """Some numbers are the largest; of several blocks one is zeros, another has a scale of 0."""
-    values = (100 * torch.randn(shape)).clamp(-E4M3_MAX, E4M3_MAX)
-    largest = torch.rand(shape)
+    values = (100 * randn(*shape)).clamp_(-E4M3_MAX, E4M3_MAX)
+    largest = torch.rand(shape, device=DEVICE)
     values[largest < 0.01] = E4M3_MAX
     values[largest < 0.005] = -E4M3_MAX
     num_blocks = *shape[:-2], shape[-2] // block[0], shape[-1] // block[1]
-    scales = (0.5 + torch.rand(num_blocks)) / (100 * shape[-1] ** 0.5)
+    scales = (0.5 + torch.rand(num_blocks, device=DEVICE)) / (100 * shape[-1] ** 0.5)
     if min(num_blocks[-2:]) > 1 or max(num_blocks[-2:]) > 2:
         values[..., : block[0], : block[1]] = 0
         scales[..., -1, -1] = 0
-    return Fp8Weight(values.to(DEVICE, E4M3), scales.to(DEVICE))
+    return Fp8Weight(values.to(E4M3), scales)
 
 
 def exact_weight(weight: Tensor | Fp8Weight) -> Tensor:
@@ -363,7 +363,7 @@ def test_small_linear_of_fp8_tokens(
 @half_dtypes
 @ignores_nan
 @pytest.mark.usefixtures("guarded")
-@pytest.mark.parametrize(("num_parts", "tma"), [(1, False), (2, True), (4, False), (4, True)])
+@pytest.mark.parametrize(("num_parts", "tma"), [(2, True), (4, False), (4, True)])
 def test_inputs_in_parts_that_do_not_divide_them(
     tma: bool, num_parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,7 +380,7 @@ def test_inputs_in_parts_that_do_not_divide_them(
     monkeypatch.setattr(small_linear, "fp8_rows_plan", partial(replaced, plans[0]))
     monkeypatch.setattr(small_linear, "fp8_small_linear_plan", partial(replaced, plans[1]))
     weight = fp8_weight(64, 14 * 128, block=(64, 128))
-    for x in (randn(16, 14 * 128, dtype=dtype), fp8_rows(65, 14 * 128, dtype, 16)):
+    for x in (randn(16, 14 * 128, dtype=dtype), fp8_rows(33, 14 * 128, dtype, 16)):
         product, counters = counted(x, 64)
         exact = exact_rows(x) if isinstance(x, Fp8Rows) else x.double()
         for _ in range(2):  # a launch leaves the counters ready for the next
@@ -483,11 +483,17 @@ EXPERTS = [
 NUM_EXPERTS, NUM_CHOSEN, HIDDEN_SIZE = 4, 2, 512 if CUDA else 128
 # 16, 64 and 128 tokens are the most of a size of tile, or of two tiles.
 MOE_TOKENS = [1, 2, 16, 17, 64, 65, 128, 129, 200, 256, 257]
-ROUTINGS = (
-    [(num_tokens, routing) for num_tokens in MOE_TOKENS for routing in ("random", "one expert")]
-    if CUDA
-    else [(1, "random"), (17, "random"), (65, "one expert"), (129, "random")]
-)
+if CUDA:
+    MOE_CASES = [
+        (*experts, num_tokens, routing)
+        for experts in EXPERTS
+        for num_tokens in MOE_TOKENS
+        for routing in ("random", "one expert")
+    ]
+else:
+    MOE_CASES = [(*EXPERTS[0], 17, "random"), (*EXPERTS[0], 65, "one expert")]
+    MOE_CASES += [(*EXPERTS[0], 129, "random"), (*EXPERTS[1], 17, "random")]
+    MOE_CASES += [(*EXPERTS[1], 129, "random"), (*EXPERTS[2], 65, "random")]
 
 
 def expert_weight(*shape: int, block: Block | None, dtype: torch.dtype) -> Tensor | Fp8Weight:
@@ -528,8 +534,7 @@ def logits_for(num_tokens: int, routing: str, dtype: torch.dtype) -> Tensor:
 @runs_kernels
 @half_dtypes
 @ignores_nan
-@pytest.mark.parametrize(("num_tokens", "routing"), ROUTINGS)
-@pytest.mark.parametrize(("size", "blocks"), EXPERTS, ids=str)
+@pytest.mark.parametrize(("size", "blocks", "num_tokens", "routing"), MOE_CASES, ids=str)
 def test_grouped_experts(
     size: int,
     blocks: tuple[Block | None, Block],
@@ -575,7 +580,7 @@ def test_grouped_experts(
     parts = products_of_pairs(exact, down, chosen).unflatten(0, (num_tokens, NUM_CHOSEN))
     expected = (parts * weights.double()[..., None]).sum(1)
     assert_near(out, residual.double() + expected, factor=3)
-    if CUDA or num_tokens == 1:
+    if CUDA or num_tokens == 17:
         assert_near(moe.grouped_experts(*args, None), expected, factor=3)
 
 
@@ -608,8 +613,9 @@ def test_few_tokens_experts(
     out = torch.full_like(x, math.nan)
     assert moe.few_tokens_experts(x, gain, EPS, gate_up, down, *routed, x, out) is out
     assert_near(out, x.double() + exact, factor=3)
-    out = moe.few_tokens_experts(x, gain, EPS, gate_up, down, *routed, None)
-    assert_near(out, exact, factor=3)
+    if CUDA:
+        out = moe.few_tokens_experts(x, gain, EPS, gate_up, down, *routed, None)
+        assert_near(out, exact, factor=3)
 
 
 @pytest.mark.gpu
