@@ -483,11 +483,17 @@ EXPERTS = [
 NUM_EXPERTS, NUM_CHOSEN, HIDDEN_SIZE = 4, 2, 512 if CUDA else 128
 # 16, 64 and 128 tokens are the most of a size of tile, or of two tiles.
 MOE_TOKENS = [1, 2, 16, 17, 64, 65, 128, 129, 200, 256, 257]
-ROUTINGS = (
-    [(num_tokens, routing) for num_tokens in MOE_TOKENS for routing in ("random", "one expert")]
-    if CUDA
-    else [(17, "random"), (65, "one expert"), (129, "random")]
-)
+if CUDA:
+    MOE_CASES = [
+        (*experts, num_tokens, routing)
+        for experts in EXPERTS
+        for num_tokens in MOE_TOKENS
+        for routing in ("random", "one expert")
+    ]
+else:
+    MOE_CASES = [(*EXPERTS[0], 17, "random"), (*EXPERTS[0], 65, "one expert")]
+    MOE_CASES += [(*EXPERTS[0], 129, "random"), (*EXPERTS[1], 17, "random")]
+    MOE_CASES += [(*EXPERTS[1], 129, "random"), (*EXPERTS[2], 65, "random")]
 
 
 def expert_weight(*shape: int, block: Block | None, dtype: torch.dtype) -> Tensor | Fp8Weight:
@@ -528,8 +534,7 @@ def logits_for(num_tokens: int, routing: str, dtype: torch.dtype) -> Tensor:
 @runs_kernels
 @half_dtypes
 @ignores_nan
-@pytest.mark.parametrize(("num_tokens", "routing"), ROUTINGS)
-@pytest.mark.parametrize(("size", "blocks"), EXPERTS, ids=str)
+@pytest.mark.parametrize(("size", "blocks", "num_tokens", "routing"), MOE_CASES, ids=str)
 def test_grouped_experts(
     size: int,
     blocks: tuple[Block | None, Block],
