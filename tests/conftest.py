@@ -111,24 +111,33 @@ COMMANDS_KEY = pytest.StashKey[dict[str, Command]]()
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start what tests marked `beside` will wait for: it takes long, and the tests one core.
 
-    Tests with the same mark share a process.
+    Where several processes share the tests (pytest-xdist), it begins with the test.
     """
-    commands = session.config.stash[COMMANDS_KEY]
-    for item in () if session.config.option.collectonly else session.items:
-        mark = item.get_closest_marker("beside")
-        if mark and str(mark) not in commands:
-            commands[str(mark)] = Command(*mark.args, **mark.kwargs)
+    is_shared = hasattr(session.config, "workerinput") or session.config.option.collectonly
+    for item in () if is_shared else session.items:
+        _command_of(item)
     # Every engine that is shut down collects garbage: a third of a second with all that was
     # imported until here to look at.
     gc.collect()
     gc.freeze()
 
 
+def _command_of(item: Any) -> Command | None:
+    """The process of a test marked `beside`. Tests with the same mark share one."""
+    if (mark := item.get_closest_marker("beside")) is None:
+        return None
+    commands = item.config.stash[COMMANDS_KEY]
+    if str(mark) not in commands:
+        commands[str(mark)] = Command(*mark.args, **mark.kwargs)
+    return commands[str(mark)]
+
+
 @pytest.fixture
 def command(request: pytest.FixtureRequest) -> Command:
     """The process of a test marked `beside`."""
-    mark = request.node.get_closest_marker("beside")
-    return request.config.stash[COMMANDS_KEY][str(mark)]
+    found = _command_of(request.node)
+    assert found is not None
+    return found
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

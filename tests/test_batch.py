@@ -427,7 +427,7 @@ def address(environment: dict[str, str]) -> Iterator[str]:
     assert process.stdout is not None
     lines = (line for line in process.stdout if line.startswith("address "))
     yield next(lines).split()[1]
-    process.communicate("\n", timeout=30)
+    process.communicate("\n", timeout=120)
 
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -476,7 +476,7 @@ def test_a_killed_run_goes_on_where_it_ended(start: Start, request: Any, tmp_pat
     kept = {path.name: path.stat().st_ino for path in finished_parts(output)}
     assert len(kept) < 16, "it was not half done"
     resumed = start(*options, "--address", address)
-    out, err = resumed.communicate(timeout=60)
+    out, err = resumed.communicate(timeout=240)
     assert (resumed.returncode, out) == (0, ""), err
     parts = finished_parts(output)
     assert kept.items() <= {path.name: path.stat().st_ino for path in parts}.items()
@@ -499,7 +499,7 @@ def test_a_table_goes_in_and_a_table_comes_out(
     )
     pq.write_table(table, tmp_path / "in.parquet")
     process = start("in.parquet", "out.parquet", "--address", address, "--part-size=4")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (0, ""), err
     assert "21/21" in err
     assert {path.name for path in tmp_path.iterdir()} == {"in.parquet", "out.parquet"}

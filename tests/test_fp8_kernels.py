@@ -33,7 +33,7 @@ from nanovllm.layers.layernorm import RMSNorm, rms_norm
 from nanovllm.layers.linear import GatedLinear, Linear
 from nanovllm.layers.moe import MoE
 from nanovllm.layers.products import LinearInputs, ProductTable, first_sizes
-from nanovllm.model_config import Experts
+from nanovllm.model_config import Experts, Quantization
 from nanovllm.utils.parallel import RankGroup
 from nanovllm.utils.quantization import E4M3, E4M3_MAX, Fp8Rows, Fp8Weight
 
@@ -692,8 +692,11 @@ def names(table: ProductTable) -> dict[float, str]:
     return {most: getattr(p, "func", p).__name__ for most, p in table.items()}
 
 
-def table_of(*shape: int, row_step: int = 128, **kind: bool) -> dict[float, str]:
-    return names(fp8.fp8_table(Fp8Weight.empty(*shape, row_step=row_step, device=META), **kind))
+def table_of(
+    *shape: int, row_step: int = 128, dtype: torch.dtype = torch.bfloat16, **kind: bool
+) -> dict[float, str]:
+    weight = Fp8Weight.empty(*shape, row_step=row_step, device=META)
+    return names(fp8.fp8_table(weight, dtype, **kind))
 
 
 @pytest.mark.usefixtures("hopper")
@@ -710,6 +713,7 @@ def test_elsewhere_they_are_multiplied_by_the_kernel(monkeypatch: pytest.MonkeyP
     own = FEW | {math.inf: "own_fp8"}
     assert table_of(6144, 4096 + 128) == own  # scales that torch wants in fours
     assert table_of(6144, 4096, row_step=64) == own
+    assert table_of(6144, 4096, dtype=torch.float16) == own  # which torch's was not tried with
     for version in ("12.8", None):
         with monkeypatch.context() as patch:
             patch.setattr(torch.version, "cuda", version)
@@ -863,7 +867,7 @@ def test_the_first_sizes_of_experts_launch_all_that_they_ever_do(
     config: Any = SimpleNamespace(hidden_size=2048, experts=experts)
     layer, norm = MoE(config, RankGroup(), **options), RMSNorm(2048, EPS, **options)
     for stack in (layer.experts.gate_up, layer.experts.down):
-        stack.quantize()
+        stack.quantize(Quantization("fp8"))
         assert stack.scales is not None
 
     def forms(num_tokens: int) -> set[Any]:
