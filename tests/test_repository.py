@@ -24,7 +24,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def test_ci_runs_the_readmes_test_command() -> None:
     command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
-    assert command.endswith("-m pytest")
+    assert command.endswith("-m pytest -n 2 --dist worksteal")
     assert f"```bash\n{command}\n```" in (ROOT / "README.md").read_text()
 
 
