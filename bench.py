@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.config import QUANTIZATIONS
+from nanovllm.config import KV_CACHE_DTYPES, QUANTIZATIONS
 from nanovllm.engine.scheduler import Batch
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.moe import ExpertWeights, MoE, route
@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument("--device", default="auto")
     engine.add_argument("--dtype", default="auto")
     engine.add_argument("--attention-backend", default="auto")
-    engine.add_argument("--kv-cache-dtype", default="auto")
+    engine.add_argument("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES)
     engine.add_argument("--enforce-eager", action="store_true")
     engine.add_argument("--max-model-len", type=int, default=4096)
     engine.add_argument("--max-num-seqs", type=int, default=512)

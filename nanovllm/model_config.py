@@ -222,6 +222,11 @@ class ModelConfig:
             quantization=_quantization(raw),
         )
 
+    @property
+    def is_int4(self) -> bool:
+        """True if the weights become int4."""
+        return self.quantization is not None and self.quantization.method == "int4"
+
     def quantized(self, method: str) -> "ModelConfig":
         """The same model, its weights quantised; "auto": as the checkpoint has them."""
         if method in ("auto", None if self.quantization is None else self.quantization.method):
@@ -373,8 +378,8 @@ def _quantization(raw: Mapping[str, Any]) -> Quantization | None:
     ):  # fmt: skip
         if found.get(key, wanted if key == "fmt" else None) != wanted:
             raise ValueError(
-                f"config.json: quantization_config with {key} {found.get(key)!r} is not "
-                f"implemented, only {wanted!r}"
+                f"quantization_config with {key} {found.get(key)!r} is not implemented, only "
+                f"{wanted!r}"
             )
     kept = found.get("modules_to_not_convert") or []
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):

@@ -798,6 +798,13 @@ def test_tensors_that_do_not_fit_are_refused(
     refused(model_dir, str(model_dir), *words)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite_are_refused(wrong: float, copied: Fp8Factory) -> None:
+    model_dir = copied(SMALL)
+    rewrite(model_dir, **{SCALES: torch.tensor([[1.0, wrong], [1.0, 1.0]])})
+    refused(model_dir, SCALES, "infinite")
+
+
 def test_a_quantised_router_is_refused(copied: Fp8Factory) -> None:
     model_dir = copied(SMALL_MOE)
     router = "model.layers.0.mlp.gate.weight"

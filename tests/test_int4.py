@@ -387,6 +387,16 @@ def test_two_ranks_give_the_same_tokens(spec: ModelSpec, checkpoint: CheckpointF
         assert completions(llm, prompts, max_tokens=12) == expected
 
 
+def test_ranks_compute_in_one_dtype_where_none_is_given(checkpoint: CheckpointFactory) -> None:
+    """bfloat16, though the checkpoint's is float32."""
+    options = {key: value for key, value in OPTIONS.items() if key != "dtype"}
+    model = checkpoint(ModelSpec(vocab_size=308))
+    with LLM(str(model), **options, tensor_parallel_size=2) as llm:
+        assert llm.model_runner is not None
+        assert llm.model_runner.dtype == torch.bfloat16
+        assert len(completions(llm, [[1, 2, 3]], max_tokens=3)[0]) == 3
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", ["untied", "tied", "experts"])
 def test_numbers_that_are_not_finite_are_refused(
@@ -442,7 +452,7 @@ def test_fp8_weights_of_a_checkpoint_become_int4(
         before = completions(llm, prompts, max_tokens=8)
         llm.load_weights(stored_fp8)
         assert completions(llm, prompts, max_tokens=8) == before
-    with pytest.raises(ValueError, match="2 ranks cut a group of 128 inputs"):
+    with pytest.raises(ValueError, match="2 ranks cut a group of 128 of 128 inputs"):
         LLM(str(stored_fp8), **OPTIONS, tensor_parallel_size=2)
 
 

@@ -29,7 +29,13 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
 from nanovllm.utils.loader import check_checkpoint, checkpoint_shapes, fill_random, load_weights
-from nanovllm.utils.memory import CudaBudget, cpu_pool_budget, memory_for, require_memory
+from nanovllm.utils.memory import (
+    CudaBudget,
+    cpu_pool_budget,
+    memory_for,
+    require_memory,
+    return_freed_memory,
+)
 from nanovllm.utils.parallel import RankGroup
 from nanovllm.utils.timer import logged
 
@@ -61,11 +67,9 @@ class ModelRunner:
         self.block_size = config.kvcache_block_size
         self.blocks_per_seq = -(-config.max_model_len // self.block_size)
         self.device = resolve_device(config.device)
-        quantization = model.quantization
-        self.is_int4 = quantization is not None and quantization.method == "int4"
-        if self.is_int4:
+        if model.is_int4:
             require_int4(self.device)
-        self.dtype = resolve_dtype(config.dtype, model.dtype, self.device, self.is_int4)
+        self.dtype = resolve_dtype(config.dtype, model.dtype, self.device, model.is_int4)
         self.is_fp8_cache = config.kv_cache_dtype == "fp8"
         case = self.device, self.dtype, self.block_size, model.head_dim, self.is_fp8_cache
         self.backend = select_backend(config.attention_backend, *case)
@@ -148,9 +152,10 @@ class ModelRunner:
         self.synchronize()
         with own_modes(self.device, inference=False):
             self.model.unpack()
-            how = self._shapes, self.group, pack, self.is_int4
+            how = self._shapes, self.group, pack, self.part.is_int4
             load_weights(self.model, model_dir, *how)
             self.model.pack()
+        return_freed_memory()
 
     def new_seed(self) -> int:
         """A seed for a request; torch.manual_seed makes them repeatable."""
@@ -191,9 +196,10 @@ class ModelRunner:
             if config.load_format == "dummy":
                 fill_random(model)
             else:
-                which = self._shapes, self.group, pack, self.is_int4
+                which = self._shapes, self.group, pack, self.part.is_int4
                 load_weights(model, config.model_dir, *which)
             model.pack()
+        return_freed_memory()
         for note in notes(model):
             logger.info(note)
         return model.eval()

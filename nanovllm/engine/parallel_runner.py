@@ -177,11 +177,12 @@ class ParallelRunner(ModelRunner):
 def _options_of_all(config: Config, is_local: bool) -> dict[str, Any]:
     """The options that all ranks are given, decided on this one."""
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, config.model_config.dtype, device)
+    model = config.model_config
+    dtype = resolve_dtype(config.dtype, model.dtype, device, model.is_int4)
     options = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.init}
     options["dtype"] = str(dtype).removeprefix("torch.")
-    model = config.model_dir.absolute() if is_local else config.model
-    return options | {"model": str(model), "device": str(device)}
+    path = config.model_dir.absolute() if is_local else config.model
+    return options | {"model": str(path), "device": str(device)}
 
 
 class _Watched:

@@ -73,8 +73,9 @@ class StoredWeight(nn.Module):
             self.fits_int4 = self.int4 is not None
             if self.is_fp8 and self.int4 is not None and self.int4.num_others:
                 raise ValueError(
-                    f"quantization='int4' with FP8 weights in the checkpoint: {self.group.size} "
-                    f"ranks cut a group of {self.int4.size} inputs, which is not implemented"
+                    f"quantization='int4' of a checkpoint's FP8 weights: {self.group.size} ranks "
+                    f"cut a group of {self.int4.size} of {shape[-1] * self.group.size} inputs, "
+                    "which is not implemented; take tensor_parallel_size=1 or quantization='auto'"
                 )
             self.unpack()
         elif is_kept(shape, Fp8Weight.block_of(shape, self.row_step), self.dtype, device):

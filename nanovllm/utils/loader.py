@@ -298,6 +298,8 @@ def _read_fp8(
     starts = [part.start % BLOCK for part in place]
     if name + SCALES_SUFFIX in files:
         scales = _read(files, name + SCALES_SUFFIX, blocks)
+        if not scales.isfinite().all():
+            raise ValueError(f"tensor {name + SCALES_SUFFIX!r} holds infinite numbers or NaN")
         return _read(files, name, place), scales.float(), starts
     # A block that is cut has the scale of all of it.
     around = tuple(

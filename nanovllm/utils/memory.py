@@ -1,9 +1,10 @@
 """How much memory there is for the KV pool."""
 
+import ctypes
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def _room(place: Path, limit: str, usage: str, cached: str) -> list[int]:
     except (OSError, ValueError, IndexError):
         pass  # the limit counts all the same
     return [max(0, most - used)]
+
+
+def return_freed_memory() -> None:
+    """Give the system back what was freed, where glibc would keep it for the process."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
