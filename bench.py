@@ -513,8 +513,8 @@ def main() -> None:
         raise SystemExit(f"bench.py: {error}") from None
     logging.basicConfig(format="%(message)s")
     model_dir = resolve_model_dir(args.dummy or args.model, with_weights=args.dummy is None)
-    is_int4 = args.quantization == "int4"
-    dtype = resolve_dtype(args.dtype, read_model_config(model_dir).dtype, device, is_int4)
+    model = read_model_config(model_dir).quantized(args.quantization)
+    dtype = resolve_dtype(args.dtype, model.dtype, device, model.is_int4)
     logging.getLogger("nanovllm").setLevel(logging.INFO)
     machine = Machine.measure(device, dtype)
     started = perf_counter()

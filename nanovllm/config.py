@@ -7,8 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
+
 from nanovllm.model_config import DTYPES, ModelConfig
 from nanovllm.sampling_params import require_bool, require_float, require_int
+from nanovllm.utils.device import resolve_dtype
 from nanovllm.utils.loader import read_model_config, resolve_model_dir
 
 logger = logging.getLogger("nanovllm")
@@ -73,7 +76,8 @@ class Config:
             generation_config.json.
         device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's; on a CPU bfloat16 if it is the checkpoint's and the
-            processor multiplies in it, else float32), "float32", "float16", "bfloat16".
+            processor multiplies in it, or the weights are int4, else float32), "float32",
+            "float16", "bfloat16".
         attention_backend: "auto" (the fastest one installed), "torch", "flash_attn" or "triton".
         load_format: "auto" (safetensors) or "dummy" (random weights, no checkpoint read).
         quantization: "auto" (weights as the checkpoint has them) or "fp8" (e4m3 numbers in blocks
@@ -143,6 +147,11 @@ class Config:
             TypeError, ValueError: as utils.loader.read_model_config.
         """
         return read_model_config(model_dir).quantized(self.quantization)
+
+    def resolve_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that every rank computes in on such a device."""
+        model = self.model_config
+        return resolve_dtype(self.dtype, model.dtype, device, model.is_int4)
 
     def _check_options(self) -> None:
         for name, (low, high) in INT_OPTIONS.items():

@@ -27,7 +27,7 @@ from nanovllm.layers.products import first_sizes
 from nanovllm.layers.stored_weight import notes, pack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
-from nanovllm.utils.device import own_modes, resolve_device, resolve_dtype, to_device
+from nanovllm.utils.device import own_modes, resolve_device, to_device
 from nanovllm.utils.loader import check_checkpoint, checkpoint_shapes, fill_random, load_weights
 from nanovllm.utils.memory import (
     CudaBudget,
@@ -69,7 +69,7 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         if model.is_int4:
             require_int4(self.device)
-        self.dtype = resolve_dtype(config.dtype, model.dtype, self.device, model.is_int4)
+        self.dtype = config.resolve_dtype(self.device)
         self.is_fp8_cache = config.kv_cache_dtype == "fp8"
         case = self.device, self.dtype, self.block_size, model.head_dim, self.is_fp8_cache
         self.backend = select_backend(config.attention_backend, *case)
@@ -152,9 +152,7 @@ class ModelRunner:
         self.synchronize()
         with own_modes(self.device, inference=False):
             self.model.unpack()
-            how = self._shapes, self.group, pack, self.part.is_int4
-            load_weights(self.model, model_dir, *how)
-            self.model.pack()
+            self._fill(self.model, model_dir)
         return_freed_memory()
 
     def new_seed(self) -> int:
@@ -195,14 +193,18 @@ class ModelRunner:
         with logged(f"Loading {config.model_dir}"):
             if config.load_format == "dummy":
                 fill_random(model)
+                model.pack()
             else:
-                which = self._shapes, self.group, pack, self.part.is_int4
-                load_weights(model, config.model_dir, *which)
-            model.pack()
+                self._fill(model, config.model_dir)
         return_freed_memory()
         for note in notes(model):
             logger.info(note)
         return model.eval()
+
+    def _fill(self, model: Qwen3ForCausalLM, model_dir: Path) -> None:
+        """From a checkpoint, each module packed as soon as all of it is there."""
+        load_weights(model, model_dir, self._shapes, self.group, pack, self.part.is_int4)
+        model.pack()
 
     def _allocate_step_memory(self) -> None:
         """What steps are given from outside the model: a place for logits and ids, scratch."""

@@ -28,7 +28,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.outputs import Done, Launched
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.team import Seat, Team, torchrun_seat
-from nanovllm.utils.device import resolve_device, resolve_dtype
+from nanovllm.utils.device import resolve_device
 
 T = TypeVar("T")
 # While it waits, rank 0 looks this often whether the others are still there (seconds).
@@ -177,10 +177,8 @@ class ParallelRunner(ModelRunner):
 def _options_of_all(config: Config, is_local: bool) -> dict[str, Any]:
     """The options that all ranks are given, decided on this one."""
     device = resolve_device(config.device)
-    model = config.model_config
-    dtype = resolve_dtype(config.dtype, model.dtype, device, model.is_int4)
     options = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.init}
-    options["dtype"] = str(dtype).removeprefix("torch.")
+    options["dtype"] = str(config.resolve_dtype(device)).removeprefix("torch.")
     path = config.model_dir.absolute() if is_local else config.model
     return options | {"model": str(path), "device": str(device)}
 

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.layers.products import LinearInputs, ProductTable, is_small, plain
+from nanovllm.layers.products import (
+    LinearInputs,
+    ProductTable,
+    few_tokens,
+    finished,
+    is_small,
+    plain,
+    small_batch,
+)
 from nanovllm.utils.quantization import BLOCK, E4M3, E4M3_MAX, Fp8Rows, Fp8Weight
 
 
@@ -36,34 +44,18 @@ def dequantized(inputs: LinearInputs, scales: Tensor) -> Tensor:
     return plain(inputs._replace(weight=weight))
 
 
-def few_tokens(inputs: LinearInputs, scales: Tensor) -> Tensor:
-    """One launch."""
-    from nanovllm.kernels.gemv import matvec
-
-    x, weight, act, bias, norm, residual, out = inputs
-    assert isinstance(x, Tensor)
-    norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    how = residual, act is not None, out, scales
-    return matvec(x, weight, bias, norm_weight, eps, *how)
-
-
 def converted(inputs: LinearInputs, scales: Tensor, counters: Tensor) -> Tensor:
     """The norm's launch and another; counters: from kernels.small_linear."""
-    return _small_linear(inputs.normed(), inputs, scales, counters)
+    return small_batch(inputs, counters, scales)
 
 
 def own_fp8(inputs: LinearInputs, scales: Tensor, counters: Tensor) -> Tensor:
     """Likewise two launches."""
-    return _small_linear(_quantized(inputs), inputs, scales, counters)
-
-
-def _small_linear(
-    x: Tensor | Fp8Rows, inputs: LinearInputs, scales: Tensor, counters: Tensor
-) -> Tensor:
     from nanovllm.kernels.small_linear import small_linear
 
     _, weight, act, bias, _, residual, out = inputs
-    return small_linear(x, weight, bias, counters, residual, act is not None, out, scales)
+    how = residual, act is not None, out, scales
+    return small_linear(_quantized(inputs), weight, bias, counters, *how)
 
 
 def torch_fp8(inputs: LinearInputs, scales: Tensor) -> Tensor | Fp8Rows:
@@ -73,7 +65,7 @@ def torch_fp8(inputs: LinearInputs, scales: Tensor) -> Tensor | Fp8Rows:
     """
     from nanovllm.kernels.fp8_rows import silu_and_quantize
 
-    x, weight, act, bias, _, residual, out = inputs
+    x, weight, act, bias = inputs[:4]
     rows = _quantized(inputs, step=16)  # the product wants no other number of them
     by_row, by_block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
     how = rows.scales.T, by_row, scales.T, by_block
@@ -81,10 +73,7 @@ def torch_fp8(inputs: LinearInputs, scales: Tensor) -> Tensor | Fp8Rows:
     if act is not None:
         return silu_and_quantize(y, len(rows))
     y = y[: len(rows)]
-    y = y if bias is None else y.add_(bias)
-    if residual is not None:
-        return torch.add(residual, y, out=residual if out is None else out)
-    return y if out is None else out.copy_(y)
+    return finished(inputs, y if bias is None else y.add_(bias))
 
 
 def _quantized(inputs: LinearInputs, step: int = 1) -> Fp8Rows:

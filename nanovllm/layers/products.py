@@ -119,22 +119,24 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def few_tokens(inputs: LinearInputs) -> Tensor:
-    """One launch."""
+def few_tokens(inputs: LinearInputs, scales: Tensor | None = None) -> Tensor:
+    """One launch; scales: of an FP8 weight, as in what follows."""
     from nanovllm.kernels.gemv import matvec
 
     x, weight, act, bias, norm, residual, out = inputs
     assert isinstance(x, Tensor)
     norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    return matvec(x, weight, bias, norm_weight, eps, residual, act is not None, out)
+    how = residual, act is not None, out, scales
+    return matvec(x, weight, bias, norm_weight, eps, *how)
 
 
-def small_batch(inputs: LinearInputs, counters: Tensor) -> Tensor:
+def small_batch(inputs: LinearInputs, counters: Tensor, scales: Tensor | None = None) -> Tensor:
     """The norm's launch and another; counters: from kernels.small_linear."""
     from nanovllm.kernels.small_linear import small_linear
 
     _, weight, act, bias, _, residual, out = inputs
-    return small_linear(inputs.normed(), weight, bias, counters, residual, act is not None, out)
+    how = residual, act is not None, out, scales
+    return small_linear(inputs.normed(), weight, bias, counters, *how)
 
 
 def gated_prefill(inputs: LinearInputs) -> Tensor:
