@@ -47,15 +47,25 @@ half_dtypes = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=lambda dtype: st
 ignores_nan = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # Of a number, and as much of the numbers' size: what is rounded on the way is rounded to the dtype.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# As much more of the numbers' size where both factors are FP8: a Hopper GPU's tensor cores keep
+# about 13 bits of the sum of such products.
+FP8_SUMS = 4e-3 if CUDA else 0.0
 
 
-def assert_near(out: Tensor, exact: Tensor, factor: float = 1) -> None:
-    """Each number is, as near as rounding on the way lets it be; factor: for a longer way."""
-    size = exact.square().mean().sqrt()
+def assert_near(out: Tensor, exact: Tensor, factor: float = 1, sums: float = 0.0) -> None:
+    """Each number is, as near as rounding on the way lets it be.
+
+    Args:
+        out, exact: [tokens, size]; a token's numbers are of one size.
+        factor: for a longer way.
+        sums: what the sums may err, of that size.
+    """
     assert out.shape == exact.shape
-    errors = (out.double() - exact).abs() / (exact.abs() + size)
+    size = exact.square().mean(-1, keepdim=True).sqrt() + 1e-30
+    errors = (out.double() - exact).abs()
+    errors /= factor * (TOLERANCE[out.dtype] * (exact.abs() + size) + sums * size)
     assert errors.isfinite().all()
-    assert errors.max() < factor * TOLERANCE[out.dtype], errors.max()
+    assert errors.max() < 1, errors.max()
 
 
 def fp8_weight(*shape: int, block: Block = (128, 128)) -> Fp8Weight:
@@ -188,7 +198,7 @@ def test_rows_are_quantised(num_tokens: int, size: int, step: int, dtype: torch.
 def test_rows_are_quantised_after_their_norm(
     num_tokens: int, size: int, step: int, dtype: torch.dtype
 ) -> None:
-    """What the norm gives may differ in its last bit, and then by a step of e4m3."""
+    """What the norm gives may differ in its last bits, and then by a step of e4m3."""
     from nanovllm.kernels.fp8_rows import quantize_rows
 
     x, norm_weight = randn(num_tokens, size, dtype=dtype), 1 + randn(size, dtype=dtype) / 4
@@ -199,7 +209,7 @@ def test_rows_are_quantised_after_their_norm(
     expected = fp8.quantize_rows(normed)
     last_bit = torch.finfo(dtype).eps
     scales = rows.scales[:, :num_tokens]
-    torch.testing.assert_close(scales, expected.scales, rtol=1.1 * last_bit, atol=0)
+    torch.testing.assert_close(scales, expected.scales, rtol=2.2 * last_bit, atol=0)
     steps = scales.T.repeat_interleave(128, 1) * 2.0**-9  # between the smallest numbers
     exact = normed.double()
     most = (exact.abs() / 16).maximum(steps / 2) + 3 * last_bit * exact.abs()
@@ -246,13 +256,16 @@ def check_product(
     shape: tuple[int, int],
     block: Block,
     dtype: torch.dtype,
+    sums: float = 0.0,
 ) -> None:
     """Of a layer of (outputs, inputs): with nothing, bias, residual, into `out`, and gated.
 
     Args:
         product: of weight, bias, residual, gated, out, scales.
         x: exact, what it multiplies.
+        sums: as of assert_near.
     """
+    near = partial(assert_near, sums=sums)
     (outputs, _), num_tokens = shape, len(x)
     weight, bias = fp8_weight(*shape, block=block), randn(outputs, dtype=dtype)
     run = partial(product, weight.values, scales=weight.scales)
@@ -260,16 +273,16 @@ def check_product(
     exact = x @ exact_weight(weight).T
     out = torch.full_like(residual, math.nan)
     assert run(bias=bias, residual=residual, out=out) is out
-    assert_near(out, exact + bias.double() + residual.double())
-    assert_near(run(), exact)
+    near(out, exact + bias.double() + residual.double())
+    near(run(), exact)
     expected = residual.double() + exact
     assert run(residual=residual, out=residual) is residual  # in place
-    assert_near(residual, expected)
+    near(residual, expected)
     gate_up = fp8_weight(2 * outputs, shape[1], block=block)
     run = partial(product, gate_up.values, scales=gate_up.scales)
     out.fill_(math.nan)
     run(gated=True, out=out)
-    assert_near(out, silu_and_mul(x @ exact_weight(gate_up).T))
+    near(out, silu_and_mul(x @ exact_weight(gate_up).T))
 
 
 @runs_kernels
@@ -355,7 +368,7 @@ def test_small_linear_of_fp8_tokens(
     step = 16 if num_tokens % 2 else 1
     rows = fp8_rows(num_tokens, inputs, dtype, step)
     product, counters = counted(rows, outputs)
-    check_product(product, exact_rows(rows), (outputs, inputs), block, dtype)
+    check_product(product, exact_rows(rows), (outputs, inputs), block, dtype, FP8_SUMS)
     assert not counters.any()
 
 
@@ -385,7 +398,7 @@ def test_inputs_in_parts_that_do_not_divide_them(
         exact = exact_rows(x) if isinstance(x, Fp8Rows) else x.double()
         for _ in range(2):  # a launch leaves the counters ready for the next
             out = product(weight.values, scales=weight.scales)
-            assert_near(out, exact @ exact_weight(weight).T)
+            assert_near(out, exact @ exact_weight(weight).T, sums=FP8_SUMS)
         assert not counters.any()
 
 
@@ -428,24 +441,25 @@ def test_the_product_of_torch(shape: tuple[int, int], num_tokens: int, dtype: to
     weight, gate_up = fp8_weight(*shape), fp8_weight(2 * shape[1], shape[0])
     if not fp8._has_torch_fp8(weight):
         pytest.skip("needs CUDA 12.9")
+    near = partial(assert_near, sums=FP8_SUMS)
     outputs, inputs = shape
     product = partial(fp8.torch_fp8, scales=weight.scales)
     rows, bias = fp8_rows(num_tokens, inputs, dtype, 16), randn(outputs, dtype=dtype)
     residual = 4 * randn(num_tokens, outputs, dtype=dtype)
     exact = exact_rows(rows) @ exact_weight(weight).T
     given = product_inputs(rows, weight)
-    assert_near(product(given), exact)
+    near(product(given), exact)
     out = torch.full_like(residual, math.nan)
     assert product(given._replace(out=out)) is out
-    assert_near(out, exact)
+    near(out, exact)
     out.fill_(math.nan)
     assert product(given._replace(out=out, bias=bias, residual=residual)) is out
-    assert_near(out, exact + bias.double() + residual.double())
+    near(out, exact + bias.double() + residual.double())
     own = fp8.own_fp8(given, weight.scales, torch.zeros(1 << 16, dtype=torch.int32, device=DEVICE))
-    assert_near(product(given), own.double())
+    near(product(given), own.double())
     expected = residual.double() + exact
     assert product(given._replace(residual=residual)) is residual
-    assert_near(residual, expected)
+    near(residual, expected)
     # A gated layer before it.
     norm = RMSNorm(outputs, EPS, device=DEVICE, dtype=dtype)
     norm.weight.data.uniform_(0.5, 1.5)
@@ -461,7 +475,7 @@ def test_the_product_of_torch(shape: tuple[int, int], num_tokens: int, dtype: to
     factor = 1 / 16 + 4 * TOLERANCE[dtype]
     assert (errors <= factor * exact.abs() + (2.0**-10 / 448 + TOLERANCE[dtype]) * size).all()
     exact = exact_rows(between) @ exact_weight(weight).T
-    assert_near(product(product_inputs(between, weight)), exact)
+    near(product(product_inputs(between, weight)), exact)
 
 
 def test_a_16_bit_layer_takes_what_a_gated_one_of_fp8_gives() -> None:
