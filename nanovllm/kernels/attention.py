@@ -15,10 +15,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.device import has_tma, prefetch, shared_memory
+from nanovllm.kernels.device import converts_fp8, has_tma, prefetch, shared_memory
 from nanovllm.kernels.fp8_attention import fp8_attend
 from nanovllm.kernels.launch import launch
-from nanovllm.kernels.paging import key_slots
+from nanovllm.kernels.paging import key_places
 
 LOG2_E = 1.4426950408889634
 
@@ -31,7 +31,7 @@ def _decode_kernel(
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr, COMBINE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    LINES: tl.constexpr, PDL: tl.constexpr,
+    LINES: tl.constexpr, CONVERTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for a chunk of a sequence's keys and the GROUP query heads of one K/V head.
 
@@ -64,14 +64,14 @@ def _decode_kernel(
         # While the kernel before still runs: the first tile's keys and values to L2.
         firsts = tl.minimum(start + tl.arange(0, TILE), context_len - 1)
         blocks = tl.load(table + firsts // BLOCK_SIZE, mask=start < context_len, other=0)
-        slots = blocks.to(tl.int64) * BLOCK_SIZE + firsts % BLOCK_SIZE
+        firsts = blocks.to(tl.int64) * BLOCK_SIZE + firsts % BLOCK_SIZE
         lines = tl.arange(0, LINES) * (WIDTH // LINES)
         if start < context_len:
-            prefetch(k_head + slots[:, None] * KV_STRIDE + lines[None, :])
-            prefetch(v_head + slots[:, None] * KV_STRIDE + lines[None, :])
+            prefetch(k_head + firsts[:, None] * KV_STRIDE + lines[None, :])
+            prefetch(v_head + firsts[:, None] * KV_STRIDE + lines[None, :])
             if k_scales is not None:
-                prefetch(k_scales + slots * NUM_KV_HEADS + kv_head)
-                prefetch(v_scales + slots * NUM_KV_HEADS + kv_head)
+                prefetch(k_scales + firsts * NUM_KV_HEADS + kv_head)
+                prefetch(v_scales + firsts * NUM_KV_HEADS + kv_head)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -81,7 +81,7 @@ def _decode_kernel(
         if k_scales is not None:
             acc, peak, total = fp8_attend(
                 q, k_cache, v_cache, k_scales, v_scales, kv_head, table, start, end, scale,
-                NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, PRECISION, STAGES,
+                NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, PRECISION, STAGES, CONVERTS,
             )  # fmt: skip
         else:
             peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -89,17 +89,17 @@ def _decode_kernel(
             acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
             for first in tl.range(start, end, TILE, num_stages=STAGES):
                 in_range = first + tl.arange(0, TILE) < end
-                slots = key_slots(table, first, end, TILE, BLOCK_SIZE)
+                base, slots = key_places(table, first, end, TILE, BLOCK_SIZE)
                 offsets = slots[:, None] * KV_STRIDE + dims[None, :]
                 key_mask = in_range[:, None] & dim_mask
-                k = tl.load(k_head + offsets, mask=key_mask, other=0.0)
+                k = tl.load(k_head + base * KV_STRIDE + offsets, mask=key_mask, other=0.0)
                 scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
                 scores = tl.where(in_range[None, :], scores, float("-inf"))
                 new_peak = tl.maximum(peak, tl.max(scores, axis=1))
                 p = tl.exp2(scores - new_peak[:, None])
                 rescale = tl.exp2(peak - new_peak)
                 total = total * rescale + tl.sum(p, axis=1)
-                v = tl.load(v_head + offsets, mask=key_mask, other=0.0)
+                v = tl.load(v_head + base * KV_STRIDE + offsets, mask=key_mask, other=0.0)
                 acc = acc * rescale[:, None]
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
                 peak = new_peak
@@ -182,12 +182,13 @@ DECODE_PLANS = {
     1024: DecodePlan(8, 768, num_stages=5),
     2**31: DecodePlan(8, 1024, num_stages=5),
 }
-# For an FP8 cache; with as many splits, since one workspace serves both. Measured on an H100: 1
-# sequence and 64 of 1,000 keys, 256 of 570, with 8 K/V heads. The others are those from above.
-FP8_DECODE_PLANS = DECODE_PLANS | {
+# For an FP8 cache; with as many splits, since one workspace serves both. Measured on an H100: 1 to
+# 64 sequences of 1,000 keys, 256 of 570, with 8 K/V heads.
+FP8_DECODE_PLANS = {
     16: DecodePlan(64, 128, tile=128, num_stages=3),
-    1024: DecodePlan(8, 1024),
-    2**31: DecodePlan(8, 1024),
+    64: DecodePlan(32, 128, num_warps=2),
+    256: DecodePlan(16, 128, tile=32, num_warps=1, num_stages=3),
+    2**31: DecodePlan(8, 1024, num_warps=2),
 }
 
 
@@ -282,17 +283,18 @@ def paged_decode(
         k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     group = num_heads // num_kv_heads
     block_group = triton.next_power_of_2(group)
-    combine = max(1, min(16, 4096 // (block_group * triton.next_power_of_2(head_dim))))
+    elements = 4096 if plan.num_warps > 1 else 2048
+    combine = max(1, min(16, elements // (block_group * triton.next_power_of_2(head_dim))))
     launch(
         _decode_kernel, (num_kv_heads, plan.num_splits, num_seqs), query,
         query, k_cache, v_cache, k_scales, v_scales, block_tables, context_lens, out, *workspace,
         scale * LOG2_E, query.stride(0), block_tables.stride(0), plan.min_chunk,
         GROUP=group, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        TILE=plan.tile, ROWS=max(16, block_group), BLOCK_G=block_group,
+        TILE=plan.tile, ROWS=max(16 if k_scales is None else 8, block_group), BLOCK_G=block_group,
         BLOCK_D=triton.next_power_of_2(head_dim), COMBINE=combine,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=plan.num_stages,
         LINES=max(1, triton.next_power_of_2(k_cache.size(3)) * k_cache.element_size() // 128),
-        num_warps=plan.num_warps,
+        CONVERTS=converts_fp8(query.device), num_warps=plan.num_warps,
     )  # fmt: skip
     return out
 
@@ -316,11 +318,13 @@ def _prefill_tiles(
                 v = tl.where(in_range[:, None], v, 0.0)
         else:
             if BLOCK_SIZE == 0:
-                slots = k_start.to(tl.int64) + positions
+                base, slots = k_start.to(tl.int64) + first, tl.arange(0, KEYS)
             else:
-                slots = key_slots(table, first, end, KEYS, BLOCK_SIZE)
-            k_pointers = key + (slots * KEY_STRIDE + column)[None, :] + dims[:, None]
-            v_pointers = value + (slots * VALUE_STRIDE + column)[:, None] + dims[None, :]
+                base, slots = key_places(table, first, end, KEYS, BLOCK_SIZE)
+            k_pointers = key + base * KEY_STRIDE + column
+            k_pointers += (slots * KEY_STRIDE)[None, :] + dims[:, None]
+            v_pointers = value + base * VALUE_STRIDE + column
+            v_pointers += (slots * VALUE_STRIDE)[:, None] + dims[None, :]
             # Off the diagonal all keys exist: no mask, unless head_dim is padded.
             if DIAGONAL:
                 k_mask = in_range[None, :] & (dims < HEAD_DIM)[:, None]

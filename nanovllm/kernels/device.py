@@ -55,6 +55,12 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@cache
+def converts_fp8(device: torch.device) -> bool:
+    """True where instructions convert FP8 to float16: sm_89 and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @triton.jit
 def prefetch(pointers) -> None:
     """Ask for the cache lines (128 bytes) of pointers to be brought to L2.

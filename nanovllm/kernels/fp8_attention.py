@@ -1,14 +1,17 @@
 """Attention to an FP8 cache: a decode reads it, for a prefill K and V are gathered.
 
 A decode (_decode_kernel of nanovllm.kernels.attention) reads each key once, so it is the bytes read
-that count. In a prefill many queries would each make the same numbers of them anew.
+that count, and next the instructions that make 16 bits of them. In a prefill many queries would
+each make the same numbers of them anew.
 
 Two columns of K and V are a pair of bytes, and a tile of pairs becomes two tiles of columns, the
-even ones and the odd ones: so queries and outputs are two tiles as well.
+even ones and the odd ones: so queries and outputs are two tiles as well. Keys and columns are the
+rows of the products, query heads their columns: of those 8 are enough for a tensor core.
 
-A key's scale multiplies its scores, a value's scale its weight. In float16 such a weight must
-neither overflow nor vanish: so the peak that weights are relative to is that of scores plus the
-scale's exponent, by which the largest weight with its scale is 1.
+Products are of float16, which an e4m3 number becomes in fewer instructions than bfloat16. So
+queries are scaled to fit, by a power of two. A key's scale multiplies its scores, a value's scale
+its weight, which must neither overflow nor vanish: the peak that weights are relative to is that of
+scores plus the scale's exponent, by which the largest weight with its scale is 1.
 """
 
 import triton
@@ -16,12 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.kv_quantization import power_of_two, unpack, unpack_pairs
+from nanovllm.kernels.kv_quantization import magnitudes, power_of_two, unpack, unpack_pairs
 from nanovllm.kernels.launch import launch
-from nanovllm.kernels.paging import key_slots
+from nanovllm.kernels.paging import key_places
 
-# Exponents beyond count as these: float32 holds weights of up to 2^30 without their scale.
-MOST_SHIFT = tl.constexpr(30.0)
+# Queries are scaled so that the largest of a group's numbers has this exponent (of base 2).
+Q_EXPONENT = tl.constexpr(14)
+# Less counts as this: weights without their scale are at most 2^100, and float32 holds their sum.
+LEAST_SHIFT = tl.constexpr(-100)
 GATHERED_ROWS = 64  # a program
 
 
@@ -29,54 +34,86 @@ GATHERED_ROWS = 64  # a program
 def fp8_attend(
     q, k_cache, v_cache, k_scales, v_scales, kv_head, table, start, end, scale,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, CONVERTS: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Attend to keys start .. end - 1 of a sequence.
 
-    q: [rows, head_dim]. k_cache, v_cache: as int16, with the exponents of their scales.
+    q: [heads, head_dim]. k_cache, v_cache: as int16, with the exponents of their scales.
 
     Returns:
-        float32: weighted sums of values [rows, head_dim]; [rows], the peak of the scores, in base
-        2, that weights are relative to; [rows], the weights' sums.
+        float32: weighted sums of values [heads, head_dim]; [heads], the peak of the scores, in base
+        2, that weights are relative to; [heads], the weights' sums.
     """
-    ROWS: tl.constexpr = q.shape[0]
+    HEADS: tl.constexpr = q.shape[0]
     PAIRS: tl.constexpr = q.shape[1] // 2
     WIDTH: tl.constexpr = HEAD_DIM // 2
-    dtype: tl.constexpr = q.dtype
-    q_even, q_odd = tl.split(tl.reshape(q, [ROWS, PAIRS, 2]))
+    dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
+    if dtype == tl.float16:
+        largest = tl.max(tl.max(magnitudes(q), axis=1), axis=0)
+        exponent = tl.maximum(largest >> 23, Q_EXPONENT + 1)
+        q = q.to(tl.float32) * ((254 - exponent + Q_EXPONENT) << 23).to(tl.float32, bitcast=True)
+        scale *= ((exponent - Q_EXPONENT) << 23).to(tl.float32, bitcast=True)
+    q_even, q_odd = tl.split(tl.reshape(q.to(dtype), [HEADS, PAIRS, 2]))
     pairs = tl.arange(0, PAIRS)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    even = tl.zeros([ROWS, PAIRS], tl.float32)
-    odd = tl.zeros([ROWS, PAIRS], tl.float32)
+    k_cache += kv_head * WIDTH
+    v_cache += kv_head * WIDTH
+    k_scales += kv_head
+    v_scales += kv_head
+    peak = tl.full([HEADS], float("-inf"), tl.float32)
+    totals = tl.zeros([TILE, HEADS], tl.float32)
+    even = tl.zeros([PAIRS, HEADS], tl.float32)
+    odd = tl.zeros([PAIRS, HEADS], tl.float32)
+    last = (end - 1) // TILE * TILE
+    k_next, v_next = _exponents(
+        k_scales, v_scales, table, start, end, NUM_KV_HEADS, TILE, BLOCK_SIZE
+    )
     for first in tl.range(start, end, TILE, num_stages=STAGES):
+        k_exponents, v_exponents = k_next.to(tl.int32), v_next.to(tl.int32)
+        # A tile ahead, since nothing else hides how long they take.
+        following = tl.minimum(first + TILE, last)
+        k_next, v_next = _exponents(
+            k_scales, v_scales, table, following, end, NUM_KV_HEADS, TILE, BLOCK_SIZE
+        )
         in_range = first + tl.arange(0, TILE) < end
-        rows = key_slots(table, first, end, TILE, BLOCK_SIZE) * NUM_KV_HEADS + kv_head
-        places = rows[:, None] * WIDTH + pairs[None, :]
+        base, slots = key_places(table, first, end, TILE, BLOCK_SIZE)
+        base *= NUM_KV_HEADS * WIDTH
+        places = slots * (NUM_KV_HEADS * WIDTH)
         mask = in_range[:, None] & (pairs < WIDTH)[None, :]
-        # Exponents before what they belong to, which is waited for.
-        k_exponents = tl.load(k_scales + rows, mask=in_range, other=0).to(tl.int32)
-        v_exponents = tl.load(v_scales + rows, mask=in_range, other=0).to(tl.int32)
-        k_even, k_odd = unpack_pairs(tl.load(k_cache + places, mask=mask, other=0), dtype)
-        scores = tl.dot(q_even, k_even.T, input_precision=PRECISION)
-        scores = tl.dot(q_odd, k_odd.T, scores, input_precision=PRECISION)
-        scores = scores * (power_of_two(k_exponents)[None, :] * (scale * 256.0))
-        scores = tl.where(in_range[None, :], scores, float("-inf"))
+        keys = tl.load(k_cache + base + (places[:, None] + pairs[None, :]), mask=mask, other=0)
+        k_even, k_odd = unpack_pairs(keys, dtype, CONVERTS)
+        scores = tl.dot(k_even, q_even.T, input_precision=PRECISION)
+        scores = tl.dot(k_odd, q_odd.T, scores, input_precision=PRECISION)
+        scores = scores * (power_of_two(k_exponents) * scale)[:, None]
+        scores = tl.where(in_range[:, None], scores, float("-inf"))
         shifted = scores
         if dtype == tl.float16:
-            shift = (v_exponents - 127).to(tl.float32)
-            shifted += tl.minimum(tl.maximum(shift, -MOST_SHIFT), MOST_SHIFT)[None, :]
-        new_peak = tl.maximum(peak, tl.max(shifted, axis=1))
-        p = tl.exp2(scores - new_peak[:, None])
-        rescale = tl.exp2(peak - new_peak)
-        total = total * rescale + tl.sum(p, axis=1)
-        p = (p * power_of_two(v_exponents)[None, :]).to(dtype)
-        v_even, v_odd = unpack_pairs(tl.load(v_cache + places, mask=mask, other=0), dtype)
-        even = tl.dot(p, v_even, even * rescale[:, None], input_precision=PRECISION)
-        odd = tl.dot(p, v_odd, odd * rescale[:, None], input_precision=PRECISION)
+            shifted += tl.maximum(v_exponents - 127, LEAST_SHIFT).to(tl.float32)[:, None]
+        new_peak = tl.maximum(peak, tl.max(shifted, axis=0))
+        p = tl.exp2(scores - new_peak[None, :])
+        rescale = tl.exp2(peak - new_peak)[None, :]
+        totals = totals * rescale + p
+        p = (p * power_of_two(v_exponents)[:, None]).to(dtype)
+        mask = (pairs < WIDTH)[:, None] & in_range[None, :]
+        values = tl.load(v_cache + base + (pairs[:, None] + places[None, :]), mask=mask, other=0)
+        v_even, v_odd = unpack_pairs(values, dtype, CONVERTS)
+        even = tl.dot(v_even, p, even * rescale, input_precision=PRECISION)
+        odd = tl.dot(v_odd, p, odd * rescale, input_precision=PRECISION)
         peak = new_peak
-    sums = tl.reshape(tl.join(even, odd), [ROWS, 2 * PAIRS])
-    return sums * 256.0, peak, total
+    sums = tl.reshape(tl.join(even.T, odd.T), [HEADS, 2 * PAIRS])
+    return sums, peak, tl.sum(totals, axis=0)
+
+
+@triton.jit
+def _exponents(
+    k_scales, v_scales, table, first, end, NUM_KV_HEADS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Those of a tile of keys and of its values, uint8 [TILE]."""
+    base, slots = key_places(table, first, end, TILE, BLOCK_SIZE)
+    rows = base * NUM_KV_HEADS + slots * NUM_KV_HEADS
+    in_range = first + tl.arange(0, TILE) < end
+    k_exponents = tl.load(k_scales + rows, mask=in_range, other=0)
+    return k_exponents, tl.load(v_scales + rows, mask=in_range, other=0)
 
 
 @triton.jit(do_not_specialize=["table_stride"])

@@ -50,48 +50,48 @@ def round_to_e4m3(x, exponents) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def unpack_pairs(pairs, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """The first and the second of pairs (int16) of e4m3 numbers, times 1 / 256, exactly.
+def unpack_pairs(pairs, dtype: tl.constexpr, CONVERTS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """The first and the second of pairs (int16) of e4m3 numbers, exactly.
 
     Pairs, because a product's operands are 16 bits wide: such a tile comes from shared memory as a
-    16-bit one does, also transposed, and becomes two in the same layout. A number's sign goes to
-    the sign, its other bits to where exponent and mantissa meet. In float16, whose exponent is one
-    bit longer, that is the number times 1 / 256, subnormals too; in bfloat16 times 2^-120.
+    16-bit one does, also transposed, and becomes two in the same layout.
+
+    Args:
+        dtype: float16, or float32.
+        CONVERTS: the GPU converts FP8 to float16. Elsewhere a number's sign goes to the sign, its
+            other bits to where exponent and mantissa meet: that is the number times 1 / 256,
+            subnormals too, but for NaN.
     """
     if INTERPRETED or dtype == tl.float32:
         pairs = pairs.to(tl.int32)
-        even, odd = unpack(pairs), unpack(pairs >> 8)
-        return (even * 2.0**112).to(dtype), (odd * 2.0**112).to(dtype)
-    elif dtype == tl.float16:
+        return (unpack(pairs) * 2.0**120).to(dtype), (unpack(pairs >> 8) * 2.0**120).to(dtype)
+    elif CONVERTS:
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 t, u;
-            shl.b32 t, $2, 8;
-            shl.b32 u, $2, 7;
-            and.b32 u, u, 0x3f803f80;
-            lop3.b32 $0, t, 0x80008000, u, 0xEA;
-            shr.u32 u, $2, 1;
-            and.b32 u, u, 0x3f803f80;
-            lop3.b32 $1, $2, 0x80008000, u, 0xEA;
-            }""", "=&r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+            .reg .b32 t;
+            .reg .b16 l, h;
+            prmt.b32 t, $2, $2, 0x3120;
+            mov.b32 {l, h}, t;
+            cvt.rn.f16x2.e4m3x2 $0, l;
+            cvt.rn.f16x2.e4m3x2 $1, h;
+            }""", "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        tl.static_assert(dtype == tl.bfloat16)
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 t, u, factor, zero;
-            mov.b32 factor, 0x77807780;
+            mov.b32 factor, 0x5c005c00;
             mov.b32 zero, 0x80008000;
             shl.b32 t, $2, 8;
-            shl.b32 u, $2, 4;
-            and.b32 u, u, 0x07f007f0;
+            shl.b32 u, $2, 7;
+            and.b32 u, u, 0x3f803f80;
             lop3.b32 t, t, 0x80008000, u, 0xEA;
-            fma.rn.bf16x2 $0, t, factor, zero;
-            shr.u32 u, $2, 4;
-            and.b32 u, u, 0x07f007f0;
+            fma.rn.f16x2 $0, t, factor, zero;
+            shr.u32 u, $2, 1;
+            and.b32 u, u, 0x3f803f80;
             lop3.b32 t, $2, 0x80008000, u, 0xEA;
-            fma.rn.bf16x2 $1, t, factor, zero;
-            }""", "=&r,=r,r", [pairs], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            fma.rn.f16x2 $1, t, factor, zero;
+            }""", "=&r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
 
 

@@ -154,7 +154,7 @@ class SmallLinearPlan(NamedTuple):
     """How one launch is divided.
 
     tokens, outputs, inputs: of a tile. num_stages: tiles in flight. num_parts: of the inputs, a
-    program each; 1 if gated. tma: tiles are loaded by descriptors.
+    program each; 1 if gated. tma: tiles are loaded by descriptors. num_warps: of a program.
     """
 
     tokens: int
@@ -163,6 +163,7 @@ class SmallLinearPlan(NamedTuple):
     num_stages: int
     num_parts: int = 1
     tma: bool = False
+    num_warps: int = 4
 
 
 def small_linear_plan(
@@ -234,11 +235,11 @@ def fp8_rows_plan(
         tokens, num_stages = 128, 3
     elif gated:
         outputs, num_stages = (32, 4) if num_tokens <= 64 else (64, 3)
-    elif num_tokens > 128 and output_size >= 32 * 128:
+    elif output_size >= 4096 and num_tokens > (64 if output_size >= 6144 else 128):
         outputs = 128
     elif num_tokens <= 128:
         num_programs = triton.cdiv(output_size, outputs) * triton.cdiv(num_tokens, tokens)
-        num_parts = 2 if num_programs <= H100_SMS and output_size < 96 * 64 <= 2 * input_size else 1
+        num_parts = 2 if num_programs <= H100_SMS and output_size < 6144 <= 2 * input_size else 1
         if num_tokens <= 64 and num_programs * num_parts <= H100_SMS:
             num_stages = 8  # one program an SM
     tile_bytes = BLOCK * (tokens + outputs * (2 if gated else 1))
@@ -327,6 +328,6 @@ def small_linear(
         num_tokens, len(values), N=output_size, K=input_size, PARTS=plan.num_parts,
         BLOCK_M=plan.tokens, BLOCK_N=plan.outputs, BLOCK_K=plan.inputs, STAGES=plan.num_stages,
         GATED=gated, TMA=plan.tma, SCALED_ROWS=scaled_rows,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=plan.num_warps,
     )  # fmt: skip
     return out

@@ -121,7 +121,9 @@ def fp8_table(
     own = partial(own_fp8, scales=scales, counters=counters)
     most: ProductTable = {math.inf: own}
     if dtype == torch.bfloat16 and _has_torch_fp8(weight):
-        most = {256: own} if not is_gated else {}
+        # PyTorch's tiles of 128 outputs and 128 tokens are too few for a GPU in a narrow layer.
+        is_wide = is_gated or weight.shape[0] >= 6144
+        most = {} if is_wide else {256: own}
         most[math.inf] = partial(torch_fp8, scales=scales)
     return {
         1: partial(few_tokens, scales=scales),
