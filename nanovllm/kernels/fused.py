@@ -79,10 +79,13 @@ def _store_halves(pointers, x, y, mask, HEAD_DIM: tl.constexpr) -> None:
 
 @triton.jit
 def _store_rows(
-    cache, scales, slot, head, x, y, halves, mask, NUM_KV_HEADS: tl.constexpr,
+    cache, scales, slot, first, rows, x, y, mask, NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Store heads whose halves are x and y, unless slot is -1; gives back what the cache holds."""
+    """Store heads from `first` on, unless slot is -1; gives back what the cache holds of them.
+
+    x, y: their halves, whose elements lie from `rows` on.
+    """
     stored_x, stored_y = x, y
     if scales is not None:
         peaks = tl.maximum(tl.max(magnitudes(x), axis=1), tl.max(magnitudes(y), axis=1))
@@ -92,10 +95,11 @@ def _store_rows(
         stored_y, y = round_to_e4m3(y, exponents[:, None])
         x, y = x.to(dtype), y.to(dtype)
         if slot >= 0:
-            tl.store(scales + slot * NUM_KV_HEADS + head, exponents.to(tl.uint8))
+            heads = first + tl.arange(0, rows.shape[0])
+            tl.store(scales + slot * NUM_KV_HEADS + heads, exponents.to(tl.uint8))
     if slot >= 0:
-        rows = (slot * NUM_KV_HEADS + head)[:, None] * HEAD_DIM + halves[None, :]
-        _store_halves(cache + rows, stored_x, stored_y, mask, HEAD_DIM)
+        pointers = cache + slot * (NUM_KV_HEADS * HEAD_DIM) + rows
+        _store_halves(pointers, stored_x, stored_y, mask, HEAD_DIM)
     return x, y
 
 
@@ -141,19 +145,19 @@ def _qk_norm_rope_store_kernel(
         if first < NUM_HEADS:
             _store_halves(q_out + token * (NUM_HEADS * HEAD_DIM) + rows, x, y, mask, HEAD_DIM)
         else:
-            head = first - NUM_HEADS + tl.arange(0, HEADS)
+            first -= NUM_HEADS
+            rows -= NUM_HEADS * HEAD_DIM
             if STORE:
                 x, y = _store_rows(
-                    k_cache, k_scales, slot, head, x, y, halves, mask, NUM_KV_HEADS, HEAD_DIM
+                    k_cache, k_scales, slot, first, rows, x, y, mask, NUM_KV_HEADS, HEAD_DIM
                 )
             if WRITE_KEY:
-                pointers = k_out + token * (NUM_KV_HEADS * HEAD_DIM) + rows - NUM_HEADS * HEAD_DIM
+                pointers = k_out + token * (NUM_KV_HEADS * HEAD_DIM) + rows
                 _store_halves(pointers, x, y, mask, HEAD_DIM)
     elif STORE:
-        head = first - NUM_HEADS - NUM_KV_HEADS + tl.arange(0, HEADS)
-        x, y = _store_rows(
-            v_cache, v_scales, slot, head, x, y, halves, mask, NUM_KV_HEADS, HEAD_DIM
-        )
+        first -= NUM_HEADS + NUM_KV_HEADS
+        rows -= (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
+        x, y = _store_rows(v_cache, v_scales, slot, first, rows, x, y, mask, NUM_KV_HEADS, HEAD_DIM)
         if WRITE_KEY and v_scales is not None:
             _store_halves(heads, x, y, mask, HEAD_DIM)
 

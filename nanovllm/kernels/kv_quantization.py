@@ -1,6 +1,7 @@
 """K and V in one byte an element, within kernels. Twin: nanovllm.layers.kv_quantization.
 
-Nothing here needs a GPU that knows FP8: e4m3 is made and read with integer instructions.
+Nothing here needs a GPU that knows FP8: e4m3 is made with integer instructions, and read with them
+where no others are.
 """
 
 import triton

@@ -66,7 +66,7 @@ def torch_fp8(inputs: LinearInputs, scales: Tensor) -> Tensor | Fp8Rows:
     from nanovllm.kernels.fp8_rows import silu_and_quantize
 
     x, weight, act, bias = inputs[:4]
-    rows = _quantized(inputs, step=16)  # the product wants no other number of them
+    rows = _quantized(inputs, step=BLOCK)
     by_row, by_block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
     how = rows.scales.T, by_row, scales.T, by_block
     y = F.scaled_mm(rows.values, weight.T, *how, output_dtype=x.dtype)
