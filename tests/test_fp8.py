@@ -826,7 +826,7 @@ def test_plain_tensors_that_the_configuration_says_to_be_fp8_are_refused(
 ) -> None:
     model_dir = copied(SMALL)
     shutil.copy(checkpoint(SMALL) / "model.safetensors", model_dir)
-    refused(model_dir, str(model_dir), "is F32", "F8_E4M3", "quantization='fp8'")
+    refused(model_dir, str(model_dir), "is F32", "F8_E4M3", "modules_to_not_convert")
 
 
 @pytest.mark.parametrize(

@@ -379,12 +379,18 @@ def test_new_weights_give_what_a_fresh_engine_gives(
         ),
     ],
 )
-def test_two_ranks_give_the_same_tokens(spec: ModelSpec, checkpoint: CheckpointFactory) -> None:
+def test_two_ranks_give_the_same_tokens(
+    spec: ModelSpec, checkpoint: CheckpointFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights whose parts are not int4 are told of."""
+    caplog.set_level("INFO", "nanovllm")
     model, prompts = checkpoint(spec), random_prompts([30, 9], spec.vocab_size)
     with LLM(str(model), **OPTIONS) as llm:
         expected = completions(llm, prompts, max_tokens=12)
+    assert "not int4" not in caplog.text
     with LLM(str(model), **OPTIONS, tensor_parallel_size=2) as llm:
         assert completions(llm, prompts, max_tokens=12) == expected
+    assert ("not int4" in caplog.text) == (spec.intermediate_size == 32)
 
 
 def test_ranks_compute_in_one_dtype_where_none_is_given(checkpoint: CheckpointFactory) -> None:
@@ -412,8 +418,9 @@ def test_numbers_that_are_not_finite_are_refused(
     }
     tensors[names[kind]][3, 7] = value
     save_file(tensors, model / "model.safetensors")
-    with pytest.raises(ValueError, match=f"tensor '{names[kind]}' holds infinite numbers or NaN"):
+    with pytest.raises(ValueError, match="holds infinite numbers or NaN") as caught:
         LLM(str(model), **OPTIONS)
+    assert str(caught.value).startswith(f"{model}: tensor '{names[kind]}' ")
 
 
 def test_fp8_weights_of_a_checkpoint_become_int4(

@@ -353,7 +353,7 @@ class LLMEngine:
         model_dir = resolve_model_dir(model)
         other = self.config.read_model_config(model_dir)
         if found := self.config.model_config.differences(other):
-            raise ValueError(f"{model_dir} is of another shape than the model: {', '.join(found)}")
+            raise ValueError(f"{model_dir} does not fit the model: {', '.join(found)}")
 
         def load() -> None:
             self._runner().check_weights(model_dir)

@@ -197,7 +197,7 @@ class ModelRunner:
             else:
                 self._fill(model, config.model_dir)
         return_freed_memory()
-        for note in notes(model):
+        for note in notes(model) if self.group.rank == 0 else ():
             logger.info(note)
         return model.eval()
 

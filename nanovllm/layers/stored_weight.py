@@ -85,6 +85,7 @@ class StoredWeight(nn.Module):
         """Keep it, now that it is filled, as this machine multiplies fastest."""
         if self.int4 is not None and self._is_plain():
             found = packed(self.weight, self.int4)
+            self.fits_int4 = isinstance(found, Int4Weight)
             if isinstance(found, Int4Weight):
                 self.replace(found.values, found.scales)
             else:

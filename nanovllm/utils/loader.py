@@ -19,6 +19,7 @@ from nanovllm.utils.quantization import (
     Fp8Weight,
     Target,
     WidePart,
+    memory_of,
     num_blocks,
     own_targets,
     quantize,
@@ -174,7 +175,7 @@ def check_checkpoint(shapes: dict[str, torch.Size], is_tied: bool, model_dir: Pa
             if is_fp8 and kind != "F8_E4M3":
                 raise ValueError(
                     f"{model_dir}: tensor {name!r} is {kind}, quantization_config in config.json "
-                    "asks for F8_E4M3; without it, quantization='fp8' quantises plain weights"
+                    "asks for F8_E4M3, or for its module's name in modules_to_not_convert"
                 )
             if not is_fp8 and kind not in ("F16", "F32", "F64", "BF16"):
                 raise ValueError(
@@ -236,39 +237,55 @@ def load_weights(
         targets.update(pairs)
         names = {name for name, _ in pairs}
         left.update(dict.fromkeys(names, (module, names)))
-    filled: set[str] = set()
+    is_one_filled = False
     with _opened(model_dir, next(model.parameters()).device) as files:
         for name in files:
             if name not in targets:
                 continue  # another rank's, or scales, which are read with their weight
-            target = targets.pop(name)
-            if isinstance(target, (Fp8Weight, Dequantized)):
-                target.fill(*_read_fp8(files, name, target.shape, group))
-                numbers = target.weight if isinstance(target, Dequantized) else None
-            else:
-                whole = files[name].get_slice(name).get_shape()
-                place = _place(whole, target.shape, group)
-                if isinstance(target, WidePart):
-                    place = place[0], slice(target.start, target.start + target.shape[1])
-                    target = target.memory
-                tensor = _read(files, name, place)
-                is_again = is_tied and name in TIED and filled & TIED
-                if is_again and not torch.equal(tensor.to(target.dtype), target):
-                    raise ValueError(
-                        f"{model_dir}: tie_word_embeddings is true, but lm_head.weight differs "
-                        "from the embedding"
-                    )
-                target.data.copy_(tensor)
-                numbers = target if target.dim() > 1 else None
-            if is_finite and numbers is not None and not numbers.isfinite().all():
-                raise ValueError(
-                    f"tensor {name!r} holds infinite numbers or NaN, which int4 weights cannot"
-                )
-            filled.add(name)
-            module, names = left.pop(name)
+            is_again = is_tied and name in TIED and is_one_filled
+            is_one_filled |= name in TIED
+            try:
+                _fill(targets[name], files, name, group, is_again, is_finite)
+            except ValueError as error:
+                raise ValueError(f"{model_dir}: {error}") from error
+            module, names = left[name]
             names.discard(name)
             if not names:
                 on_filled(module)
+
+
+def _fill(
+    target: Target,
+    files: dict[str, Any],
+    name: str,
+    group: RankGroup,
+    is_again: bool,
+    is_finite: bool,
+) -> None:
+    """Read the rank's part of a tensor to where it belongs.
+
+    Args:
+        is_again: it has been filled from another tensor, which must be equal.
+        is_finite: a matrix must be.
+    """
+    if isinstance(target, (Fp8Weight, Dequantized)):
+        target.fill(*_read_fp8(files, name, target.shape, group))
+    else:
+        place = _place(files[name].get_slice(name).get_shape(), target.shape, group)
+        if isinstance(target, WidePart):
+            place = place[0], slice(target.start, target.start + target.shape[1])
+        tensor, memory = _read(files, name, place), memory_of(target)
+        if is_again and not torch.equal(tensor.to(memory.dtype), memory):
+            raise ValueError(
+                "tie_word_embeddings is true, but lm_head.weight differs from the embedding"
+            )
+        memory.data.copy_(tensor)
+    if is_finite and not isinstance(target, Fp8Weight):
+        memory = memory_of(target)
+        if memory.dim() > 1 and not memory.isfinite().all():
+            raise ValueError(
+                f"tensor {name!r} holds infinite numbers or NaN, which int4 weights cannot"
+            )
 
 
 def _place(whole: list[int], shape: torch.Size, group: RankGroup) -> tuple[slice, ...]:

@@ -163,6 +163,13 @@ Stored = Tensor | Fp8Weight
 Target = Stored | Dequantized | WidePart
 
 
+def memory_of(target: Tensor | Dequantized | WidePart) -> Tensor:
+    """The memory that a tensor's numbers are written to."""
+    if isinstance(target, Tensor):
+        return target
+    return target.memory if isinstance(target, WidePart) else target.weight
+
+
 def num_blocks(size: int) -> int:
     """Blocks that a dimension is cut into; the last may be smaller."""
     return -(-size // BLOCK)
