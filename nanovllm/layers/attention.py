@@ -15,6 +15,8 @@ from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from nanovllm.layers.torch_attention import (
     AttentionInputs,
+    Slots,
+    in_a_row,
     torch_decode,
     torch_prefill,
     torch_workspace,
@@ -28,7 +30,7 @@ def store_kvcache(
     value: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    slot_mapping: Tensor,
+    slot_mapping: Slots,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> None:
@@ -39,7 +41,8 @@ def store_kvcache(
     Args:
         key, value: [num_tokens, num_kv_heads, head_dim].
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
-        slot_mapping: int32 [num_tokens], block * block_size + offset; -1 = nowhere.
+        slot_mapping: int32 [num_tokens], block * block_size + offset, -1 = nowhere; here also what
+            stored_slots makes of it.
         k_scales, v_scales: of an FP8 cache, uint8 [num_blocks, block_size, num_kv_heads].
     """
     if k_scales is not None and v_scales is not None:
@@ -49,12 +52,28 @@ def store_kvcache(
         dequantize(k, k_exponents, out=key)
         dequantize(v, v_exponents, out=value)
         return
-    if slot_mapping.numel() and slot_mapping.min() < 0:
-        stored = slot_mapping >= 0
-        key, value, slot_mapping = key[stored], value[stored], slot_mapping[stored]
-    slots = slot_mapping.long()
-    k_cache.flatten(0, 1).index_copy_(0, slots, key)
-    v_cache.flatten(0, 1).index_copy_(0, slots, value)
+    slots = stored_slots(slot_mapping)
+    if isinstance(slots, Tensor) and slots.dtype == torch.int32:
+        stored = slots >= 0
+        key, value, slots = key[stored], value[stored], slots[stored].long()
+    for cache, rows in ((k_cache.flatten(0, 1), key), (v_cache.flatten(0, 1), value)):
+        if isinstance(slots, slice):
+            cache[slots] = rows
+        else:
+            cache.index_copy_(0, slots, rows)
+
+
+def stored_slots(slot_mapping: Slots) -> Slots:
+    """A slot mapping as it is quick to write to: as a slice, if its slots lie in a row, else int64.
+
+    With -1 among them it stays as it is.
+    """
+    if isinstance(slot_mapping, slice) or slot_mapping.dtype == torch.int64:
+        return slot_mapping
+    found = slot_mapping.cpu().numpy()
+    if (found < 0).any():
+        return slot_mapping
+    return in_a_row(found) or slot_mapping.long()
 
 
 def qk_norm_rope_store(
@@ -63,10 +82,10 @@ def qk_norm_rope_store(
     k_weight: Tensor | None,
     eps: float,
     cos_sin: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
-    slot_mapping: Tensor,
+    slot_mapping: Slots,
     num_heads: int,
     num_kv_heads: int,
     write_key: bool = True,
@@ -79,10 +98,10 @@ def qk_norm_rope_store(
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
         q_weight, k_weight: [head_dim], or None: no norm.
         cos_sin: float32 [max_positions, head_dim], cos | sin.
-        positions: int64 [num_tokens].
+        positions: int64 [num_tokens]; here also None: cos_sin has a row for each token.
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]; empty: nothing is
             stored.
-        slot_mapping: int32 [num_tokens], -1 = nowhere.
+        slot_mapping: int32 [num_tokens], -1 = nowhere; here also as for store_kvcache.
         write_key: K is wanted (a kernel need not write it out where attention reads the cache).
         k_scales, v_scales: of an FP8 cache, uint8 [num_blocks, block_size, num_kv_heads].
 
@@ -96,7 +115,8 @@ def qk_norm_rope_store(
         # Of q and k together: each operation less counts, where a step has few tokens.
         weights = q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)
         qk = rms_norm(qk, torch.cat(weights), eps)
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    angles = cos_sin if positions is None else cos_sin[positions]
+    cos, sin = angles.unsqueeze(1).chunk(2, dim=-1)
     q, k = apply_rotary(qk, cos, sin).split([num_heads, num_kv_heads], dim=1)
     if k_cache.numel():
         store_kvcache(k, v, k_cache, v_cache, slot_mapping, k_scales, v_scales)
@@ -299,6 +319,10 @@ def _why_not(
     )
 
 
+def _slots(context: Context) -> Slots:
+    return stored_slots(context.slot_mapping)
+
+
 class Attention(nn.Module):
     """From a layer's merged projection to its attention output; owns the layer's cache views.
 
@@ -318,6 +342,7 @@ class Attention(nn.Module):
         self.v_scales: Tensor | None = None
         device = rotary_emb.cos_sin.device
         self.qk_norm_rope_store = kernel_of(qk_norm_rope_store, "fused", device)
+        self.has_kernel = self.qk_norm_rope_store is not qk_norm_rope_store
 
     def forward(
         self, qkv: Tensor, norms: tuple[Tensor | None, Tensor | None], context: Context
@@ -331,16 +356,20 @@ class Attention(nn.Module):
         Returns:
             [num_tokens, num_heads * head_dim].
         """
-        assert context.positions is not None
+        cos_sin, positions = self.rotary_emb.cos_sin, context.positions
+        slots: Slots = context.slot_mapping
+        if not self.has_kernel:
+            cos_sin, positions = context.once(self.rotary_emb.rows), None
+            slots = context.once(_slots)
         query, key, value = self.qk_norm_rope_store(
             qkv,
             *norms,
             self.eps,
-            self.rotary_emb.cos_sin,
-            context.positions,
+            cos_sin,
+            positions,
             self.k_cache,
             self.v_cache,
-            context.slot_mapping,
+            slots,
             self.num_heads,
             self.num_kv_heads,
             write_key=context.block_tables is None,

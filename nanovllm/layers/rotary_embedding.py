@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.model_config import Rope
+from nanovllm.utils.context import Context
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -48,6 +49,11 @@ class RotaryEmbedding(nn.Module):
         angles = torch.outer(positions, frequencies(head_dim, rope))
         cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.attention_factor
         self.register_buffer("cos_sin", cos_sin.to(device), persistent=False)
+
+    def rows(self, context: Context) -> Tensor:
+        """Those of a step's tokens: float32 [num_tokens, head_dim]."""
+        assert context.positions is not None
+        return self.cos_sin[context.positions]
 
 
 def frequencies(head_dim: int, rope: Rope) -> Tensor:

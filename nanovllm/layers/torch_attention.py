@@ -23,6 +23,8 @@ QUERY_ROWS = 128
 # what stays in a CPU's cache, and what costs as much as another call.
 MOST_ELEMENTS = 1 << 20
 MOST_PADDING = 1 << 17
+# Places in a cache: int64 [num_tokens]; as a slice where they lie in a row, and nothing is copied.
+Slots = slice | Tensor
 
 
 class AttentionInputs(NamedTuple):
@@ -57,7 +59,7 @@ def torch_prefill(inputs: AttentionInputs) -> Tensor:
             keys, values = inputs.key[rows], inputs.value[rows]
         else:
             slots = context.once(key_slots)[index]
-            size = len(slots) * inputs.k_cache[0, 0].numel()
+            size = context.key_lens[index] * inputs.k_cache[0, 0].numel()
             keys, values = (
                 _gather(cache, scales, slots, inputs.query.new_empty(size))
                 for cache, scales in (
@@ -115,13 +117,13 @@ def torch_workspace(
 class DecodeBatch(NamedTuple):
     """Sequences that a decode takes together.
 
-    rows: theirs in the step. slots: int64 [num_seqs * longest], of their keys; where one has fewer
-    its first key's. mask: float32 [num_seqs, 1, 1, longest], is added to the scores: -inf where one
+    rows: theirs in the step. slots: of their keys, [num_seqs * longest]; where one has fewer its
+    first key's. mask: float32 [num_seqs, 1, 1, longest], is added to the scores: -inf where one
     has fewer, otherwise 0.
     """
 
     rows: slice
-    slots: Tensor
+    slots: Slots
     mask: Tensor
 
 
@@ -133,7 +135,7 @@ def torch_decode(inputs: AttentionInputs) -> Tensor:
     for batch in inputs.context.once(decode_batches):
         attend = _attend_alone if len(batch.mask) == 1 else _attend_together
         found.append(attend(query[batch.rows], batch, inputs))
-    return torch.cat(found).flatten(1, 2)
+    return (found[0] if len(found) == 1 else torch.cat(found)).flatten(1, 2)
 
 
 def _attend_together(query: Tensor, batch: DecodeBatch, inputs: AttentionInputs) -> Tensor:
@@ -171,26 +173,42 @@ def _attend_alone(query: Tensor, batch: DecodeBatch, inputs: AttentionInputs) ->
     return found[:, :, :num_sharing]
 
 
-def _gather(cache: Tensor, scales: Tensor | None, slots: Tensor, memory: Tensor) -> Tensor:
-    """[len(slots), num_kv_heads, head_dim] of the cache, in the memory given, and of its dtype."""
-    rows = cache.view(-1, cache.size(2) * cache.size(3))
-    gathered = memory[: len(slots) * rows.size(1)].view(len(slots), -1)
-    heads = gathered.view(-1, *cache.shape[2:])
+def _gather(cache: Tensor, scales: Tensor | None, slots: Slots, memory: Tensor) -> Tensor:
+    """[num_slots, num_kv_heads, head_dim] of the cache: a view, or in the memory given.
+
+    In the memory's dtype, which is the cache's unless that is FP8.
+    """
+    rows = cache.flatten(0, 1)
     if scales is not None:
-        values = rows[slots].view(heads.shape)
-        return dequantize(values, scales.flatten(0, 1)[slots], out=heads)
-    torch.index_select(rows, 0, slots, out=gathered)
-    return heads
+        values = rows[slots]
+        out = memory[: values.numel()].view(values.shape)
+        return dequantize(values, scales.flatten(0, 1)[slots], out=out)
+    if isinstance(slots, slice):
+        return rows[slots]
+    out = memory[: len(slots) * rows[0].numel()].view(len(slots), *rows.shape[1:])
+    return torch.index_select(rows, 0, slots, out=out)
 
 
-def key_slots(context: Context) -> list[Tensor]:
-    """The slots of each sequence's keys, in order: int64 [num_keys]."""
+def in_a_row(slots: np.ndarray) -> slice | None:
+    """Slots [num_slots] that follow one another, as a slice."""
+    if not len(slots) or (np.diff(slots) != 1).any():
+        return None
+    first = int(slots[0])
+    return slice(first, first + len(slots))
+
+
+def key_slots(context: Context) -> list[Slots]:
+    """The slots of each sequence's keys, in order."""
     assert context.block_tables is not None
     tables, device = context.block_tables.cpu().numpy(), context.slot_mapping.device
     return [
-        to_device(_slots(table, length, context.block_size), torch.int64, device)
+        _placed(_slots(table, length, context.block_size), device)
         for table, length in zip(tables, context.key_lens, strict=True)
     ]
+
+
+def _placed(slots: np.ndarray, device: torch.device) -> Slots:
+    return in_a_row(slots) or to_device(slots, torch.int64, device)
 
 
 def decode_batches(context: Context) -> list[DecodeBatch]:
@@ -205,8 +223,8 @@ def decode_batches(context: Context) -> list[DecodeBatch]:
         missing = np.arange(longest) >= lens[rows, None]
         found = np.where(missing, slots[:, :1], slots)
         mask = np.where(missing, -np.inf, 0.0)[:, None, None]
-        indices = to_device(found.ravel(), torch.int64, device)
-        batches.append(DecodeBatch(rows, indices, to_device(mask, torch.float32, device)))
+        places = _placed(found.ravel(), device)
+        batches.append(DecodeBatch(rows, places, to_device(mask, torch.float32, device)))
     return batches
 
 
