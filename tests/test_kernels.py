@@ -53,7 +53,7 @@ from nanovllm.layers.products import (
     product_table,
     small_batch,
 )
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary, turns_of
 from nanovllm.layers.sampler import ids_of, sample
 from nanovllm.layers.torch_attention import AttentionInputs
 from nanovllm.model_config import Rope
@@ -151,8 +151,8 @@ def qk_norm_rope(
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if weights:
         q, k = rms_norm(q, weights[0], EPS), rms_norm(k, weights[1], EPS)
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    return [apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v]
+    turns = turns_of(cos_sin[positions])
+    return [apply_rotary(q, turns), apply_rotary(k, turns), v]
 
 
 # ---- attention

@@ -41,7 +41,7 @@ from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.layernorm import RMSNorm, rms_norm
 from nanovllm.layers.linear import GatedLinear, Linear
 from nanovllm.layers.products import onednn, pack, plain, rounded_rows
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary, turns_of
 from nanovllm.layers.torch_attention import (
     QUERY_ROWS,
     AttentionInputs,
@@ -415,8 +415,8 @@ def test_the_attention_layer_norms_rotates_stores_and_attends(
     q, k, v = qkv.view(8, 8, 16).split([4, 2, 2], dim=1)
     if weights[0] is not None and weights[1] is not None:
         q, k = rms_norm(q, weights[0], layer.eps), rms_norm(k, weights[1], layer.eps)
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    turns = turns_of(cos_sin[positions])
+    q, k = apply_rotary(q, turns), apply_rotary(k, turns)
     store_kvcache(k, v, k_cache, v_cache, int32(slots))
     assert torch.equal(layer.k_cache.nan_to_num(), k_cache.nan_to_num())
     assert torch.equal(layer.v_cache.nan_to_num(), v_cache.nan_to_num())
@@ -510,8 +510,7 @@ def test_rotary_embedding_is_that_of_transformers(
     raw = config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
     rotary = RotaryEmbedding(32, 40960, ModelConfig.from_dict(raw).rope)
     for x, want in zip((q, k), expected, strict=True):
-        cos, sin = rotary.cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-        out = apply_rotary(x, cos, sin)
+        out = apply_rotary(x, turns_of(rotary.cos_sin[positions]))
         assert out.dtype == dtype
         torch.testing.assert_close(out.float(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 

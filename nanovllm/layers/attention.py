@@ -12,7 +12,7 @@ from nanovllm.kernels import kernel_of
 from nanovllm.layers.fp8_prefill import prefill_from_fp8
 from nanovllm.layers.kv_quantization import dequantize, quantize
 from nanovllm.layers.layernorm import rms_norm
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary, turns_of
 from nanovllm.layers.torch_attention import (
     AttentionInputs,
     Slots,
@@ -98,7 +98,7 @@ def qk_norm_rope_store(
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
         q_weight, k_weight: [head_dim], or None: no norm.
         cos_sin: float32 [max_positions, head_dim], cos | sin.
-        positions: int64 [num_tokens]; here also None: cos_sin has a row for each token.
+        positions: int64 [num_tokens]; here also None: cos_sin is what turns_of makes of their rows.
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]; empty: nothing is
             stored.
         slot_mapping: int32 [num_tokens], -1 = nowhere; here also as for store_kvcache.
@@ -115,9 +115,8 @@ def qk_norm_rope_store(
         # Of q and k together: each operation less counts, where a step has few tokens.
         weights = q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)
         qk = rms_norm(qk, torch.cat(weights), eps)
-    angles = cos_sin if positions is None else cos_sin[positions]
-    cos, sin = angles.unsqueeze(1).chunk(2, dim=-1)
-    q, k = apply_rotary(qk, cos, sin).split([num_heads, num_kv_heads], dim=1)
+    turns = cos_sin if positions is None else turns_of(cos_sin[positions])
+    q, k = apply_rotary(qk, turns).split([num_heads, num_kv_heads], dim=1)
     if k_cache.numel():
         store_kvcache(k, v, k_cache, v_cache, slot_mapping, k_scales, v_scales)
     return q, k, v
@@ -359,7 +358,7 @@ class Attention(nn.Module):
         cos_sin, positions = self.rotary_emb.cos_sin, context.positions
         slots: Slots = context.slot_mapping
         if not self.has_kernel:
-            cos_sin, positions = context.once(self.rotary_emb.rows), None
+            cos_sin, positions = context.once(self.rotary_emb.turns), None
             slots = context.once(_slots)
         query, key, value = self.qk_norm_rope_store(
             qkv,

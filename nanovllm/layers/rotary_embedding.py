@@ -9,25 +9,33 @@ from nanovllm.model_config import Rope
 from nanovllm.utils.context import Context
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate the pairs (x[i], x[i + head_dim/2]) by their position's angles, in float32.
 
     Args:
         x: [num_tokens, num_heads, head_dim].
-        cos, sin: float32 [num_tokens, 1, head_dim / 2].
+        turns: from `turns_of`.
 
     Returns:
         [num_tokens, num_heads, head_dim] in x's dtype.
     """
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat(
-        (
-            torch.addcmul(first * cos, second, sin, value=-1),  # first * cos - second * sin
-            torch.addcmul(second * cos, first, sin),  # second * cos + first * sin
-        ),
-        dim=-1,
-    )
-    return rotated.to(x.dtype)
+    exact = x.float()
+    cos, sin = turns
+    swapped = exact.roll(x.size(-1) // 2, dims=-1)
+    return swapped.mul_(sin).addcmul_(exact, cos).to(x.dtype)
+
+
+def turns_of(cos_sin: Tensor) -> Tensor:
+    """What each element of a head is multiplied by, and its partner, for tokens' rows of cos | sin.
+
+    Args:
+        cos_sin: float32 [num_tokens, head_dim].
+
+    Returns:
+        float32 [2, num_tokens, 1, head_dim]: cos | cos and -sin | sin.
+    """
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 class RotaryEmbedding(nn.Module):
@@ -50,10 +58,10 @@ class RotaryEmbedding(nn.Module):
         cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.attention_factor
         self.register_buffer("cos_sin", cos_sin.to(device), persistent=False)
 
-    def rows(self, context: Context) -> Tensor:
-        """Those of a step's tokens: float32 [num_tokens, head_dim]."""
+    def turns(self, context: Context) -> Tensor:
+        """For apply_rotary, of a step's tokens."""
         assert context.positions is not None
-        return self.cos_sin[context.positions]
+        return turns_of(self.cos_sin[context.positions])
 
 
 def frequencies(head_dim: int, rope: Rope) -> Tensor:
