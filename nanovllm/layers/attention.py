@@ -110,13 +110,15 @@ def qk_norm_rope_store(
         as an FP8 cache rounds them, where they are wanted: v within qkv, which is overwritten.
     """
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
-    qk, v = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
+    num_qk = num_heads + num_kv_heads
+    qk, v = heads[:, :num_qk], heads[:, num_qk:]
     if q_weight is not None and k_weight is not None:
         # Of q and k together: each operation less counts, where a step has few tokens.
         weights = q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)
         qk = rms_norm(qk, torch.cat(weights), eps)
     turns = cos_sin if positions is None else turns_of(cos_sin[positions])
-    q, k = apply_rotary(qk, turns).split([num_heads, num_kv_heads], dim=1)
+    qk = apply_rotary(qk, turns)
+    q, k = qk[:, :num_heads], qk[:, num_heads:]
     if k_cache.numel():
         store_kvcache(k, v, k_cache, v_cache, slot_mapping, k_scales, v_scales)
     return q, k, v

@@ -108,7 +108,7 @@ class Int4Weight:
 
     def linear(self, x: Tensor) -> Tensor:
         """x @ weight.T: [num_tokens, input_size] -> [num_tokens, num_rows]."""
-        return self.few(x) if len(x) <= self.most_few else self.many(x)
+        return self.few(x) if x.size(0) <= self.most_few else self.many(x)
 
     def few(self, x: Tensor) -> Tensor:
         """`linear` by the operator, bfloat16; it dequantises anew for every four tokens."""

@@ -84,7 +84,7 @@ def onednn(inputs: LinearInputs) -> Tensor:
     that occur are rounded up to few.
     """
     x, weight, bias, residual = inputs.normed(), inputs.weight, inputs.bias, inputs.residual
-    num_tokens = len(x)
+    num_tokens = x.size(0)
     num_missing = rounded_rows(num_tokens) - num_tokens
     if residual is not None and not num_missing:
         y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")

@@ -5,6 +5,7 @@ attended to in one call: a call a sequence costs more, and products read what li
 memory slower than a copy does. Scores and sums are float32 whatever the cache holds.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -133,7 +134,7 @@ def torch_decode(inputs: AttentionInputs) -> Tensor:
     query = inputs.query.unflatten(1, (inputs.k_cache.size(2), -1))
     found = []
     for batch in inputs.context.once(decode_batches):
-        attend = _attend_alone if len(batch.mask) == 1 else _attend_together
+        attend = _attend_alone if batch.mask.size(0) == 1 else _attend_together
         found.append(attend(query[batch.rows], batch, inputs))
     return (found[0] if len(found) == 1 else torch.cat(found)).flatten(1, 2)
 
@@ -144,7 +145,7 @@ def _attend_together(query: Tensor, batch: DecodeBatch, inputs: AttentionInputs)
     def gather(cache: Tensor, scales: Tensor | None) -> Tensor:
         """float32 [num_seqs, num_kv_heads, num_keys, head_dim], each head's keys side by side."""
         gathered = _gather(cache, scales, batch.slots, workspace.gathered)
-        gathered = gathered.unflatten(0, (len(query), -1))
+        gathered = gathered.unflatten(0, (query.size(0), -1))
         keys = workspace.keys[: gathered.numel()].view(gathered.transpose(1, 2).shape)
         return keys.copy_(gathered.transpose(1, 2))
 
@@ -185,7 +186,8 @@ def _gather(cache: Tensor, scales: Tensor | None, slots: Slots, memory: Tensor) 
         return dequantize(values, scales.flatten(0, 1)[slots], out=out)
     if isinstance(slots, slice):
         return rows[slots]
-    out = memory[: len(slots) * rows[0].numel()].view(len(slots), *rows.shape[1:])
+    shape = slots.size(0), *rows.shape[1:]
+    out = memory[: math.prod(shape)].view(shape)
     return torch.index_select(rows, 0, slots, out=out)
 
 

@@ -110,6 +110,10 @@ class Fp8Rows:
     def __len__(self) -> int:
         return self.num_tokens
 
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.num_tokens, self.values.size(1)))
+
     def dequantized(self) -> Tensor:
         """[num_tokens, size]."""
         scales = self.scales.T.repeat_interleave(BLOCK, 1)
