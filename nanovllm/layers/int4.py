@@ -144,6 +144,7 @@ class Int4Weight:
         num_padded, size, group = len(self.values), 2 * self.values.size(1), self.group
         pairs = self.values.view(num_padded // block, size, block // 2).transpose(0, 1)
         scales, zeros = self.scales.permute(2, 0, 1).float().contiguous()
+        center, one = torch.full_like(scales[0], 128.0 + ZERO_CODE), torch.ones_like(scales[0])
         weight = torch.empty(size, num_padded, dtype=dtype, device=pairs.device)
         at_once = max(1, CODES_AT_ONCE // (num_padded * group)) * group  # whole groups of inputs
         order = (2, block // 2) if is_in_halves else (block // 2, 2)
@@ -156,25 +157,26 @@ class Int4Weight:
             numbers = codes.bitwise_or_(0x4300).view(torch.bfloat16).view(len(both), num_padded)
             for inputs in range(0, len(both), group):
                 index, part = (start + inputs) // group, slice(inputs, inputs + group)
-                out = weight[start:][part]
-                _scaled(numbers[part], scales[index], zeros[index], out)
+                how = scales[index], zeros[index], center, one
+                _scaled(numbers[part], *how, weight[start:][part])
         return weight.T[: self.num_rows]
 
 
-def _scaled(numbers: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> None:
-    """(numbers - 136) * scale + zero, in float32 and rounded once.
+def _scaled(
+    numbers: Tensor, scale: Tensor, zero: Tensor, center: Tensor, one: Tensor, out: Tensor
+) -> None:
+    """(numbers - center) * scale + zero, in float32 and rounded once.
 
     Args:
-        numbers: bfloat16 [num_inputs, num_rows]. scale, zero: float32 [num_rows].
+        numbers: bfloat16 [num_inputs, num_rows]. scale, zero, center, one: float32 [num_rows].
         out: of the numbers' shape, to be filled.
     """
-    mean, variance = torch.full_like(scale, 128.0 + ZERO_CODE), torch.ones_like(scale)
     if out.dtype == numbers.dtype:  # PyTorch's only way to do all that in one pass
         unused = scale.new_empty(0), scale.new_empty(0)
-        how = scale, zero, mean, variance, False, 0.0, 0.0
+        how = scale, zero, center, one, False, 0.0, 0.0
         torch.native_batch_norm(numbers, *how, out=(out, *unused))
     else:
-        out.copy_(torch.addcmul(zero, numbers.float() - mean, scale))
+        out.copy_(torch.addcmul(zero, numbers.float() - center, scale))
 
 
 @cache
