@@ -35,7 +35,6 @@ from nanovllm.layers import fp8_prefill
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import qk_norm_rope_store as twin_qk_norm_rope_store
 from nanovllm.layers.attention import store_kvcache as twin_store_kvcache
-from nanovllm.layers.attention import triton_prefill, triton_prefill_sizes
 from nanovllm.layers.embed_head import LMHead, resolve_and_embed
 from nanovllm.layers.filters import Filters, kept_threshold
 from nanovllm.layers.fp8_prefill import cut_sequences
@@ -56,6 +55,7 @@ from nanovllm.layers.products import (
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary, turns_of
 from nanovllm.layers.sampler import ids_of, sample
 from nanovllm.layers.torch_attention import AttentionInputs
+from nanovllm.layers.triton_attention import triton_prefill, triton_prefill_sizes
 from nanovllm.model_config import Rope
 from nanovllm.utils.context import Context, cut_queries
 from nanovllm.utils.quantization import E4M3, Fp8Rows, Fp8Weight

@@ -1,6 +1,6 @@
 """Causal attention over the paged KV cache: split-KV decode and variable-length prefill.
 
-Twins: torch_decode and torch_prefill of nanovllm.layers.attention. Both kernels follow
+Twins: torch_decode and torch_prefill of nanovllm.layers.torch_attention. Both kernels follow
 FlashAttention-2 (https://arxiv.org/abs/2307.08691): online softmax over tiles of keys, in base 2.
 
 Slots that nothing wrote are never loaded: NaN there would reach the sums as 0 * NaN.
@@ -248,7 +248,9 @@ def paged_decode(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one query a sequence to its cached keys. Twin: layers.attention.torch_decode.
+    """Attention of one query a sequence to its cached keys.
+
+    Twin: layers.torch_attention.torch_decode.
 
     The launch depends on no context length, so a CUDA graph of it stays valid; its cost follows
     the lengths.
@@ -458,7 +460,7 @@ def paged_prefill(
     tiles: PrefillTiles | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of sequences that lie in a row. Twin: layers.attention.torch_prefill.
+    """Causal attention of sequences that lie in a row. Twin: layers.torch_attention.torch_prefill.
 
     Query i of a sequence with q queries and k keys attends to keys 0 .. k - q + i.
 

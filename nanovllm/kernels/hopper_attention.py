@@ -1,4 +1,4 @@
-"""Causal attention of long prefills on Hopper. Twin: layers.attention.torch_prefill.
+"""Causal attention of long prefills on Hopper. Twin: layers.torch_attention.torch_prefill.
 
 Follows FlashAttention-3 (https://arxiv.org/abs/2407.08608): two warp groups with half a tile of
 queries each, so that one's softmax and the other's matrix products overlap; and within a group the
@@ -249,7 +249,7 @@ def hopper_prefill(
     block_tables: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of sequences that lie in a row. Twin: layers.attention.torch_prefill.
+    """Causal attention of sequences that lie in a row. Twin: layers.torch_attention.torch_prefill.
 
     Query i of a sequence with q queries and k keys attends to keys 0 .. k - q + i.
 

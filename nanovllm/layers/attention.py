@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nanovllm.config import FLASH_BLOCK_STEP
 from nanovllm.kernels import kernel_of
-from nanovllm.layers.fp8_prefill import prefill_from_fp8
+from nanovllm.layers.flash_attention import flash_decode, flash_prefill
 from nanovllm.layers.kv_quantization import dequantize, quantize
 from nanovllm.layers.layernorm import rms_norm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary, turns_of
@@ -20,6 +20,12 @@ from nanovllm.layers.torch_attention import (
     torch_decode,
     torch_prefill,
     torch_workspace,
+)
+from nanovllm.layers.triton_attention import (
+    triton_decode,
+    triton_prefill,
+    triton_prefill_sizes,
+    triton_workspace,
 )
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.context import Context
@@ -122,102 +128,6 @@ def qk_norm_rope_store(
     if k_cache.numel():
         store_kvcache(k, v, k_cache, v_cache, slot_mapping, k_scales, v_scales)
     return q, k, v
-
-
-def flash_prefill(inputs: AttentionInputs) -> Tensor:
-    """Prefill with flash_attn_varlen_func (https://github.com/Dao-AILab/flash-attention)."""
-    from flash_attn import flash_attn_varlen_func
-
-    context = inputs.context
-    from_cache = context.block_tables is not None
-    out: Tensor = flash_attn_varlen_func(
-        inputs.query,
-        inputs.k_cache if from_cache else inputs.key,
-        inputs.v_cache if from_cache else inputs.value,
-        cu_seqlens_q=context.cu_seqlens_q,
-        cu_seqlens_k=context.cu_seqlens_k,
-        # With 1 it would split the keys as a decode does: see flash_decode.
-        max_seqlen_q=max(context.max_query_len, 2),
-        max_seqlen_k=context.max_key_len,
-        softmax_scale=inputs.scale,
-        causal=True,
-        block_table=context.block_tables,
-    )
-    return out
-
-
-def flash_decode(inputs: AttentionInputs) -> Tensor:
-    """Decode with flash_attn_with_kvcache, which splits the keys where that makes it faster.
-
-    Not for head_dim 32: flash-attn 2.8.3 combines the parts wrongly there (measured on an H100).
-    """
-    from flash_attn import flash_attn_with_kvcache
-
-    head_dim = inputs.query.size(-1)
-    out: Tensor = flash_attn_with_kvcache(
-        inputs.query.unsqueeze(1),
-        inputs.k_cache,
-        inputs.v_cache,
-        cache_seqlens=inputs.context.context_lens,
-        block_table=inputs.context.block_tables,
-        softmax_scale=inputs.scale,
-        causal=True,
-        num_splits=1 if head_dim < 64 else 0,
-    )
-    return out.squeeze(1)
-
-
-def triton_prefill(inputs: AttentionInputs, out: Tensor | None = None) -> Tensor:
-    """Prefill with the kernel of nanovllm.kernels.hopper_attention or of .attention."""
-    from nanovllm.kernels import hopper_attention
-    from nanovllm.kernels.attention import paged_prefill
-
-    query, key, value, k_cache, v_cache, scale, context, k_scales, _ = inputs
-    tables, block_size = context.block_tables, 0
-    if tables is not None:
-        if k_scales is not None:
-            return prefill_from_fp8(inputs, triton_prefill)
-        key, value, block_size = k_cache, v_cache, context.block_size
-    assert key is not None
-    if hopper_attention.is_faster(query, context.query_lens, block_size):
-        tiles = context.query_tiles
-        return hopper_attention.hopper_prefill(query, key, value, tiles, scale, tables, out)
-    cu_seqlens_q, cu_seqlens_k = context.cu_seqlens_q, context.cu_seqlens_k
-    assert cu_seqlens_q is not None and cu_seqlens_k is not None
-    lengths = cu_seqlens_q, cu_seqlens_k, context.max_query_len
-    return paged_prefill(query, key, value, *lengths, scale, tables, out=out)
-
-
-def triton_prefill_sizes(max_model_len: int) -> set[int]:
-    """For Backend.prefill_sizes."""
-    from nanovllm.kernels.attention import LONG_QUERIES
-    from nanovllm.kernels.hopper_attention import MIN_TOKENS
-
-    longest = min(MIN_TOKENS, max_model_len)
-    return {LONG_QUERIES + 1, -(-MIN_TOKENS // longest) * longest}
-
-
-def triton_workspace(
-    config: ModelConfig, max_num_seqs: int, max_model_len: int, options: dict[str, Any]
-) -> Any:
-    """For Backend.workspace."""
-    from nanovllm.kernels.attention import decode_workspace
-
-    sizes = config.num_heads, config.num_kv_heads, config.head_dim
-    return decode_workspace(max_num_seqs, *sizes, options["device"])
-
-
-def triton_decode(inputs: AttentionInputs) -> Tensor:
-    """Decode with the kernel of nanovllm.kernels.attention."""
-    from nanovllm.kernels.attention import paged_decode
-
-    query, _, _, k_cache, v_cache, scale, context, k_scales, v_scales = inputs
-    tables, lens = context.block_tables, context.context_lens
-    assert tables is not None and lens is not None
-    caches, workspace = (k_cache, v_cache, tables, lens), context.decode_workspace
-    return paged_decode(
-        query, *caches, scale, workspace=workspace, k_scales=k_scales, v_scales=v_scales
-    )
 
 
 class Backend(NamedTuple):
