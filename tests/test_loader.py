@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from conftest import CheckpointFactory, ModelSpec, completions, edit_json, tensors_of
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm import LLM
 from nanovllm.layers.attention import BACKENDS
+from nanovllm.layers.linear import Linear
 from nanovllm.model_config import ModelConfig, read_json
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.loader import fill_random, load_weights, resolve_model_dir
@@ -54,6 +56,30 @@ def copied(checkpoint: CheckpointFactory, tmp_path: Path) -> CopyFactory:
 
 
 # --- what is filled --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [ModelSpec(), TIED, SHARDED], ids=str)
+def test_what_a_filled_module_replaces_is_freed_at_once(
+    spec: ModelSpec, checkpoint: CheckpointFactory
+) -> None:
+    """So that a model is never held twice, plain and packed."""
+    model_dir = checkpoint(spec)
+    config = ModelConfig.from_dict(read_json(model_dir / "config.json"))
+    model = Qwen3ForCausalLM(config, BACKENDS["torch"], max_positions=32)
+    linears = [part for part in model.modules() if isinstance(part, Linear)]
+    if spec.tied:
+        linears.remove(model.lm_head)
+    weights = {part: weakref.ref(part.weight) for part in linears}
+    left = set(weights)
+
+    def replace(module: nn.Module) -> None:
+        for part in left.intersection(module.modules()):
+            part.replace(torch.empty(0))
+            assert weights[part]() is None
+            left.remove(part)
+
+    load_weights(model, model_dir, on_filled=replace)
+    assert not left
 
 
 @pytest.mark.parametrize(

@@ -231,12 +231,7 @@ def load_weights(
     group = RankGroup() if group is None else group
     is_tied = bool(getattr(model, "tie_word_embeddings", False))
     check_checkpoint(checkpoint_shapes(model) if shapes is None else shapes, is_tied, model_dir)
-    targets: dict[str, Target] = {}
-    left: dict[str, tuple[nn.Module, set[str]]] = {}  # of each module, what is not yet filled
-    for module, pairs in targets_by_module(model):
-        targets.update(pairs)
-        names = {name for name, _ in pairs}
-        left.update(dict.fromkeys(names, (module, names)))
+    targets, left = _to_fill(model)
     is_one_filled = False
     with _opened(model_dir, next(model.parameters()).device) as files:
         for name in files:
@@ -245,13 +240,27 @@ def load_weights(
             is_again = is_tied and name in TIED and is_one_filled
             is_one_filled |= name in TIED
             try:
-                _fill(targets[name], files, name, group, is_again, is_finite)
+                # Popped, so that what a module replaces when it is filled is freed there and then.
+                _fill(targets.pop(name), files, name, group, is_again, is_finite)
             except ValueError as error:
                 raise ValueError(f"{model_dir}: {error}") from error
             module, names = left[name]
             names.discard(name)
             if not names:
                 on_filled(module)
+
+
+def _to_fill(
+    model: nn.Module,
+) -> tuple[dict[str, Target], dict[str, tuple[nn.Module, set[str]]]]:
+    """What each tensor fills; its module, and the names of all that fill that one."""
+    targets: dict[str, Target] = {}
+    modules: dict[str, tuple[nn.Module, set[str]]] = {}
+    for module, pairs in targets_by_module(model):
+        targets.update(pairs)
+        names = {name for name, _ in pairs}
+        modules.update(dict.fromkeys(names, (module, names)))
+    return targets, modules
 
 
 def _fill(
@@ -284,7 +293,8 @@ def _fill(
         memory = memory_of(target)
         if memory.dim() > 1 and not memory.isfinite().all():
             raise ValueError(
-                f"tensor {name!r} holds infinite numbers or NaN, which int4 weights cannot"
+                f"tensor {name!r} holds infinite numbers or NaN as {str(memory.dtype)[6:]}, which "
+                "int4 weights cannot"
             )
 
 
