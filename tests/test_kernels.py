@@ -69,7 +69,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = (torch.bfloat16, torch.float16) if CUDA else (torch.float32, torch.float16)
-TOLERANCE = {torch.float32: 3e-6 if CUDA else 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPS = 1e-6
 ROPE = Rope("default", 1e6)
 
@@ -489,7 +489,7 @@ def test_fp8_decode(
     from nanovllm.kernels import attention
 
     if not converts:
-        monkeypatch.setattr(attention, "converts_fp8", lambda _: False)
+        monkeypatch.setattr(attention, "has_fp8", lambda _: False)
     lengths = decode_lengths(shape.block_size)
     cache = Fp8Cache(shape, lengths, dtype)
     query = randn(len(lengths), shape.num_heads, shape.head_dim, dtype=dtype)
@@ -505,7 +505,9 @@ def test_fp8_decode(
         for row, q, (k, v) in zip(out, query, cache.keys_and_values(), strict=True):
             if len(k):
                 ref = attend(q[None] * (scale * shape.head_dim**0.5), k, v)[0]
-                assert close(row, ref), len(k)
+                # Of thousands of keys a GPU's float32 sums err by a little more than 1e-6.
+                most = 3e-6 if dtype == torch.float32 and CUDA else TOLERANCE[dtype]
+                assert error(row, ref) < most, len(k)
             else:
                 assert not row.any()
 
@@ -1861,7 +1863,7 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         attention.paged_decode(empty(4, 16, 256), wide, wide, tables, lens, 1.0)
     elif name == "FP8 cache":
         monkeypatch.setattr(attention, "shared_memory", lambda _: shared_bytes)
-        monkeypatch.setattr(attention, "converts_fp8", lambda _: capability >= 89)
+        monkeypatch.setattr(attention, "has_fp8", lambda _: capability >= 89)
         fp8_plans = attention.FP8_DECODE_PLANS.values()
         plans = {(p.tile, p.num_warps, p.num_stages): p for p in fp8_plans}
         for dtype, head_dim in (

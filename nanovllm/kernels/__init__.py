@@ -28,7 +28,11 @@ def usable(device: torch.device) -> bool:
 
 def multiplies_fp8(device: torch.device) -> bool:
     """True if the kernels for FP8 weights run on a device: sm_89 and later."""
-    return usable(device) and torch.cuda.get_device_capability(device) >= (8, 9)
+    if not usable(device):
+        return False
+    from nanovllm.kernels.device import has_fp8
+
+    return has_fp8(device)
 
 
 def kernel_of(twin: T, module: str, device: torch.device) -> T:

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.device import converts_fp8, has_tma, prefetch, shared_memory
+from nanovllm.kernels.device import has_fp8, has_tma, prefetch, shared_memory
 from nanovllm.kernels.fp8_attention import fp8_attend
 from nanovllm.kernels.launch import launch
 from nanovllm.kernels.paging import key_places
@@ -64,14 +64,14 @@ def _decode_kernel(
         # While the kernel before still runs: the first tile's keys and values to L2.
         firsts = tl.minimum(start + tl.arange(0, TILE), context_len - 1)
         blocks = tl.load(table + firsts // BLOCK_SIZE, mask=start < context_len, other=0)
-        firsts = blocks.to(tl.int64) * BLOCK_SIZE + firsts % BLOCK_SIZE
+        first_slots = blocks.to(tl.int64) * BLOCK_SIZE + firsts % BLOCK_SIZE
         lines = tl.arange(0, LINES) * (WIDTH // LINES)
         if start < context_len:
-            prefetch(k_head + firsts[:, None] * KV_STRIDE + lines[None, :])
-            prefetch(v_head + firsts[:, None] * KV_STRIDE + lines[None, :])
+            prefetch(k_head + first_slots[:, None] * KV_STRIDE + lines[None, :])
+            prefetch(v_head + first_slots[:, None] * KV_STRIDE + lines[None, :])
             if k_scales is not None:
-                prefetch(k_scales + firsts * NUM_KV_HEADS + kv_head)
-                prefetch(v_scales + firsts * NUM_KV_HEADS + kv_head)
+                prefetch(k_scales + first_slots * NUM_KV_HEADS + kv_head)
+                prefetch(v_scales + first_slots * NUM_KV_HEADS + kv_head)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -296,7 +296,7 @@ def paged_decode(
         BLOCK_D=triton.next_power_of_2(head_dim), COMBINE=combine,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=plan.num_stages,
         LINES=max(1, triton.next_power_of_2(k_cache.size(3)) * k_cache.element_size() // 128),
-        CONVERTS=converts_fp8(query.device), num_warps=plan.num_warps,
+        CONVERTS=has_fp8(query.device), num_warps=plan.num_warps,
     )  # fmt: skip
     return out
 

@@ -56,8 +56,8 @@ def has_tma(device: torch.device) -> bool:
 
 
 @cache
-def converts_fp8(device: torch.device) -> bool:
-    """True where instructions convert FP8 to float16: sm_89 and later."""
+def has_fp8(device: torch.device) -> bool:
+    """True where there are instructions for FP8: sm_89 and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 

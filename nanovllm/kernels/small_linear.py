@@ -154,7 +154,7 @@ class SmallLinearPlan(NamedTuple):
     """How one launch is divided.
 
     tokens, outputs, inputs: of a tile. num_stages: tiles in flight. num_parts: of the inputs, a
-    program each; 1 if gated. tma: tiles are loaded by descriptors. num_warps: of a program.
+    program each; 1 if gated. tma: tiles are loaded by descriptors.
     """
 
     tokens: int
@@ -163,7 +163,6 @@ class SmallLinearPlan(NamedTuple):
     num_stages: int
     num_parts: int = 1
     tma: bool = False
-    num_warps: int = 4
 
 
 def small_linear_plan(
@@ -328,6 +327,6 @@ def small_linear(
         num_tokens, len(values), N=output_size, K=input_size, PARTS=plan.num_parts,
         BLOCK_M=plan.tokens, BLOCK_N=plan.outputs, BLOCK_K=plan.inputs, STAGES=plan.num_stages,
         GATED=gated, TMA=plan.tma, SCALED_ROWS=scaled_rows,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=plan.num_warps,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     return out

@@ -230,7 +230,7 @@ def _why_not(
     )
 
 
-def _slots(context: Context) -> Slots:
+def _slots_of_step(context: Context) -> Slots:
     return stored_slots(context.slot_mapping)
 
 
@@ -271,7 +271,7 @@ class Attention(nn.Module):
         slots: Slots = context.slot_mapping
         if not self.has_kernel:
             cos_sin, positions = context.once(self.rotary_emb.turns), None
-            slots = context.once(_slots)
+            slots = context.once(_slots_of_step)
         query, key, value = self.qk_norm_rope_store(
             qkv,
             *norms,
