@@ -195,7 +195,7 @@ class ModelConfig:
 
         has_window = says(architecture.has_window) and raw.get("sliding_window") is not None
         if not has_window and "sliding_attention" in (raw.get("layer_types") or []):
-            raise ValueError("config.json: layer_types names sliding_attention, with no window")
+            raise ValueError("layer_types names sliding_attention, with no window")
         is_for_some = "max_window_layers" in architecture.defaults
         slides = has_window and (not is_for_some or _has_sliding_layers(raw, num_layers))
         return cls(
@@ -283,7 +283,7 @@ class ModelConfig:
 def _architecture_name(raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures") or [None]
     if not isinstance(names, list):
-        raise ValueError(f"config.json: architectures must be a list, got {names!r}")
+        raise ValueError(f"architectures must be a list, got {names!r}")
     if names[0] not in list(ARCHITECTURES):
         *most, last = ARCHITECTURES
         raise ValueError(
@@ -303,7 +303,7 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> Rope:
             "and 'llama3'"
         )
     if any(isinstance(value, dict) for value in found.values()):
-        raise ValueError("config.json: rope parameters that differ by layer are not implemented")
+        raise ValueError("rope parameters that differ by layer are not implemented")
     if kind == "default":
         return Rope(kind, theta)
     if kind == "linear":
@@ -318,11 +318,11 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> Rope:
         fast = _positive(found, "high_freq_factor")
         if slow >= fast:
             raise ValueError(
-                f"config.json: low_freq_factor ({slow:g}) must be below high_freq_factor ({fast:g})"
+                f"low_freq_factor ({slow:g}) must be below high_freq_factor ({fast:g})"
             )
         return Rope(kind, theta, factor, original, slow, fast)
     if theta == 1:
-        raise ValueError("config.json: rope_theta must not be 1 with yarn")
+        raise ValueError("rope_theta must not be 1 with yarn")
     slow, fast = _positive(found, "beta_slow", 1.0), _positive(found, "beta_fast", 32.0)
     scales = [_positive(found, key, 0.0) for key in ("mscale", "mscale_all_dim") if found.get(key)]
     default = _yarn_scale(factor, 1.0)
@@ -343,7 +343,7 @@ def _has_sliding_layers(raw: Mapping[str, Any], num_layers: int) -> bool:
     kinds = raw.get("layer_types")
     if kinds is not None:
         return "sliding_attention" in kinds
-    require_int("config.json: max_window_layers", raw.get("max_window_layers"), low=0)
+    require_int("max_window_layers", raw.get("max_window_layers"), low=0)
     return bool(raw["max_window_layers"] < num_layers)
 
 
@@ -352,12 +352,12 @@ def _experts(raw: Mapping[str, Any], num_layers: int) -> Experts:
     num_chosen = _size(raw, "num_experts_per_tok")
     if num_chosen > num_experts:
         raise ValueError(
-            f"config.json: num_experts_per_tok ({num_chosen}) is more than the {num_experts} "
+            f"num_experts_per_tok ({num_chosen}) is more than the {num_experts} "
             "experts that there are"
         )
     step, dense = _size(raw, "decoder_sparse_step"), raw.get("mlp_only_layers") or []
     if not isinstance(dense, list):
-        raise ValueError(f"config.json: mlp_only_layers must be a list, got {dense!r}")
+        raise ValueError(f"mlp_only_layers must be a list, got {dense!r}")
     layers = {i for i in range(num_layers) if (i + 1) % step == 0 and i not in dense}
     size = _size(raw, "moe_intermediate_size")
     renormalized = bool(raw.get("norm_topk_prob", False))
@@ -383,9 +383,7 @@ def _quantization(raw: Mapping[str, Any]) -> Quantization | None:
             )
     kept = found.get("modules_to_not_convert") or []
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
-        raise ValueError(
-            f"config.json: modules_to_not_convert must be a list of names, got {kept!r}"
-        )
+        raise ValueError(f"modules_to_not_convert must be a list of names, got {kept!r}")
     return Quantization("fp8", tuple(sorted(kept)), is_stored=True)
 
 
@@ -394,8 +392,8 @@ def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
     if value is None:
         value = default
     if value is None:
-        raise ValueError(f"config.json has no {key}")
-    require_int(f"config.json: {key}", value, low=1)
+        raise ValueError(f"no {key}")
+    require_int(key, value, low=1)
     return int(value)
 
 
@@ -404,10 +402,10 @@ def _positive(raw: Mapping[str, Any], key: str, default: float | None = None) ->
     if value is None:
         value = default
     if value is None:
-        raise ValueError(f"config.json has no {key}")
-    require_float(f"config.json: {key}", value, low=0.0)
+        raise ValueError(f"no {key}")
+    require_float(key, value, low=0.0)
     if value == 0:
-        raise ValueError(f"config.json: {key} must be > 0, got {value}")
+        raise ValueError(f"{key} must be > 0, got {value}")
     return float(value)
 
 
@@ -417,13 +415,13 @@ def _refuse_unimplemented(raw: Mapping[str, Any]) -> None:
         raise ValueError(f"activation {raw['hidden_act']!r} is not implemented, only 'silu'")
     for key in ("rope_scaling", "rope_parameters", "quantization_config"):
         if not isinstance(raw.get(key) or {}, dict):
-            raise ValueError(f"config.json: {key} must be an object, got {raw[key]!r}")
+            raise ValueError(f"{key} must be an object, got {raw[key]!r}")
     for found in (raw, raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}):
         if (found.get("partial_rotary_factor") or 1) != 1:
             raise ValueError("a partial_rotary_factor is not implemented")
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list):
-        raise ValueError(f"config.json: layer_types must be a list, got {kinds!r}")
+        raise ValueError(f"layer_types must be a list, got {kinds!r}")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layers of type {kind!r} are not implemented, only attention")

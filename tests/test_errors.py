@@ -228,7 +228,7 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], object], str]] = [
         config(architectures=["MixtralForCausalLM"]),
         "'MixtralForCausalLM' is not supported, only Qwen3ForCausalLM, .* and MistralForCausalLM",
     ),
-    ("no size", config(hidden_size=...), "config.json has no hidden_size"),
+    ("no size", config(hidden_size=...), "config.json: no hidden_size"),
     ("impossible size", config(num_hidden_layers=0), "num_hidden_layers must be >= 1, got 0"),
     ("heads", config(num_key_value_heads=3), "is no multiple of num_key_value_heads"),
     ("activation", config(hidden_act="gelu"), "'gelu' is not implemented, only 'silu'"),

@@ -690,12 +690,13 @@ SMALL_MOE = ModelSpec("Qwen3Moe", num_layers=1, hidden_size=64, more=EXPERTS)
 
 
 def refused(model_dir: Path, *parts: str, **options: Any) -> None:
-    """LLM raises ValueError, and its message names all of `parts`."""
+    """LLM raises ValueError, and its message names all of `parts`, and the model at most once."""
     with pytest.raises(ValueError, match=re.escape(parts[0])) as error:
         LLM(str(model_dir), **OPTIONS | options)
-    print(error.value)
+    said = str(error.value)
+    assert said.count(str(model_dir)) <= 1
     for part in parts:
-        assert part in str(error.value)
+        assert part in said
 
 
 @pytest.fixture
@@ -848,7 +849,7 @@ def test_parts_of_a_merged_weight_that_are_to_be_kept_are_refused(
     edit_json(
         model_dir / "config.json", quantization_config=config | {"modules_to_not_convert": kept}
     )
-    refused(model_dir, "modules_to_not_convert names", *words)
+    refused(model_dir, f"{model_dir}: modules_to_not_convert names", *words)
 
 
 def test_what_cannot_be_quantised_while_loading_is_named(

@@ -191,6 +191,10 @@ def test_a_tied_head_that_differs_from_the_embedding_is_refused(copied: CopyFact
     rewrite(model_dir, **{"lm_head.weight": head})
     with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head\.weight"):
         load(model_dir)
+    weight = tensors_of(model_dir)["model.embed_tokens.weight"]
+    weight[3, 1] = torch.nan  # which is not equal to itself
+    rewrite(model_dir, **{"model.embed_tokens.weight": weight, "lm_head.weight": weight.clone()})
+    load(model_dir)
 
 
 def test_an_untied_head_has_its_own_weight(checkpoint: CheckpointFactory) -> None:

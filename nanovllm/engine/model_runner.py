@@ -28,7 +28,13 @@ from nanovllm.layers.stored_weight import notes, pack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.device import own_modes, resolve_device, to_device
-from nanovllm.utils.loader import check_checkpoint, checkpoint_shapes, fill_random, load_weights
+from nanovllm.utils.loader import (
+    check_checkpoint,
+    checkpoint_shapes,
+    errors_name,
+    fill_random,
+    load_weights,
+)
 from nanovllm.utils.memory import (
     CudaBudget,
     cpu_pool_budget,
@@ -184,7 +190,8 @@ class ModelRunner:
     def _load_model(self) -> Qwen3ForCausalLM:
         config, backend = self.config, BACKENDS[self.backend]
         how = backend, config.max_model_len, self.group
-        model = Qwen3ForCausalLM(self.part, *how, device=self.device, dtype=self.dtype)
+        with errors_name(config.model_dir):
+            model = Qwen3ForCausalLM(self.part, *how, device=self.device, dtype=self.dtype)
         whole = model
         if self.group.size > 1:
             whole = Qwen3ForCausalLM(config.model_config, backend, 1, device=torch.device("meta"))

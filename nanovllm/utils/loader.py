@@ -110,10 +110,18 @@ def read_model_config(model_dir: Path) -> ModelConfig:
             f"{model_dir} is no model directory, it has no config.json{_hint(model_dir)}"
         )
     raw = read_json(model_dir / "config.json")
-    try:
+    with errors_name(model_dir / "config.json"):
         return ModelConfig.from_dict(raw)
+
+
+@contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """A TypeError or ValueError raised meanwhile says in which model, or file, it lies."""
+    try:
+        yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{model_dir / 'config.json'}: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path}: {error}") from error
 
 
 def checkpoint_targets(model: nn.Module) -> dict[str, Target]:
@@ -239,11 +247,9 @@ def load_weights(
                 continue  # another rank's, or scales, which are read with their weight
             is_again = is_tied and name in TIED and is_one_filled
             is_one_filled |= name in TIED
-            try:
+            with errors_name(model_dir):
                 # Popped, so that what a module replaces when it is filled is freed there and then.
                 _fill(targets.pop(name), files, name, group, is_again, is_finite)
-            except ValueError as error:
-                raise ValueError(f"{model_dir}: {error}") from error
             module, names = left[name]
             names.discard(name)
             if not names:
@@ -284,7 +290,7 @@ def _fill(
         if isinstance(target, WidePart):
             place = place[0], slice(target.start, target.start + target.shape[1])
         tensor, memory = _read(files, name, place), memory_of(target)
-        if is_again and not torch.equal(tensor.to(memory.dtype), memory):
+        if is_again and not _is_same(tensor.to(memory.dtype), memory):
             raise ValueError(
                 "tie_word_embeddings is true, but lm_head.weight differs from the embedding"
             )
@@ -296,6 +302,11 @@ def _fill(
                 f"tensor {name!r} holds infinite numbers or NaN as {str(memory.dtype)[6:]}, which "
                 "int4 weights cannot"
             )
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    """NaN are the same if their bits are."""
+    return torch.equal(x, y) or torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
 def _place(whole: list[int], shape: torch.Size, group: RankGroup) -> tuple[slice, ...]:
