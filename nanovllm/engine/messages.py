@@ -23,34 +23,30 @@ LARGEST = 2**63 - 1
 def pack_step(batch: Batch) -> Tensor:
     """What a ModelRunner needs to know of a step: int64 [n].
 
-    Whether it is a prefill and how many sequences it has; a row of numbers and one of floats for
-    each, by its bits; all block tables; the known ids of the tokens to compute.
+    Whether it is a prefill and how many sequences it has; columns of numbers and of floats, by
+    their bits, for these; all block tables and the known ids of the tokens to compute.
     """
-    items = batch.items
-    ids = [item.token_ids for item in items]
-    tables = [item.seq.block_table for item in items]
-    rows = [
-        (
-            item.seq.seq_id,
-            item.seq.seed,
-            item.start,
-            item.end,
-            item.samples,
-            len(known),
-            len(table),
-            min(item.seq.params.top_k, LARGEST),
-            NO_LOGPROBS if item.seq.params.logprobs is None else item.seq.params.logprobs,
-        )
-        for item, known, table in zip(items, ids, tables, strict=True)
-    ]
-    params = [item.seq.params for item in items]
-    floats = np.array([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float64)
+    seqs, starts, ends, samples, _ = zip(*batch.items, strict=True)
+    ids = [item.token_ids for item in batch.items]
+    tables = [seq.block_table for seq in seqs]
+    params = [seq.params for seq in seqs]
+    columns = (
+        [seq.seq_id for seq in seqs],
+        [seq.seed for seq in seqs],
+        starts,
+        ends,
+        samples,
+        list(map(len, ids)),
+        list(map(len, tables)),
+        [min(p.top_k, LARGEST) for p in params],
+        [NO_LOGPROBS if p.logprobs is None else p.logprobs for p in params],
+    )
+    floats = [p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]
     parts = (
-        np.array([batch.is_prefill, len(items)], dtype=np.int64),
-        np.array(rows, dtype=np.int64).ravel(),
-        floats.view(np.int64).ravel(),
-        np.fromiter(chain.from_iterable(tables), dtype=np.int64),
-        np.fromiter(chain.from_iterable(ids), dtype=np.int64),
+        np.array([batch.is_prefill, len(seqs)], dtype=np.int64),
+        np.array(columns, dtype=np.int64).ravel(),
+        np.array(floats, dtype=np.float64).view(np.int64).ravel(),
+        _packed([*chain.from_iterable(tables), *chain.from_iterable(ids)]),
     )
     return torch.from_numpy(np.concatenate(parts))
 
@@ -58,22 +54,33 @@ def pack_step(batch: Batch) -> Tensor:
 def unpack_step(message: Tensor) -> Batch:
     """The step that pack_step packed; of each sequence there is what the step needs."""
     numbers = message.numpy()
-    is_prefill, num_items = numbers[:2].tolist()
-    ends = [2, 2 + 9 * num_items, 2 + 12 * num_items]
-    rows = numbers[ends[0] : ends[1]].reshape(num_items, 9).tolist()
-    floats = numbers[ends[1] : ends[2]].view(np.float64).reshape(num_items, 3).tolist()
-    rest = numbers[ends[2] :].tolist()
-    borders = accumulate((row[6] for row in rows), initial=0)
-    tables = [rest[start:end] for start, end in pairwise(borders)]
-    borders = accumulate((row[5] for row in rows), initial=sum(map(len, tables)))
-    ids = [rest[start:end] for start, end in pairwise(borders)]
-    items = []
-    for row, values, table, known in zip(rows, floats, tables, ids, strict=True):
-        seq_id, seed, start, end, samples, _, _, top_k, num_logprobs = row
-        seq = Sequence(known, _params(*values, top_k, num_logprobs), end, seed)
-        seq.seq_id, seq.block_table = seq_id, table
-        items.append(ScheduledSequence(seq, start, end, bool(samples), first=start))
-    return Batch(bool(is_prefill), items)
+    is_prefill, count = numbers[:2].tolist()
+    columns, floats, rest = np.split(numbers[2:], (9 * count, 12 * count))
+    *which, num_ids, num_blocks, top_ks, num_logprobs = columns.reshape(9, count).tolist()
+    seq_ids, seeds, starts, ends, samples = which
+    floats = floats.view(np.float64).reshape(3, count)
+    params = map(_params, *floats.tolist(), top_ks, num_logprobs)
+    small = rest.view(np.int32).tolist()
+    borders = accumulate(num_blocks + num_ids, initial=0)
+    parts = [small[start:end] for start, end in pairwise(borders)]
+    seqs = map(_sequence, seq_ids, seeds, params, parts[:count], parts[count:])
+    items = map(ScheduledSequence, seqs, starts, ends, map(bool, samples), starts)
+    return Batch(bool(is_prefill), list(items))
+
+
+def _packed(small: list[int]) -> np.ndarray:
+    """Numbers of 32 bits, two in one of 64."""
+    return np.array(small + [0] * (len(small) % 2), dtype=np.int32).view(np.int64)
+
+
+def _sequence(
+    seq_id: int, seed: int, params: SamplingParams, block_table: list[int], token_ids: list[int]
+) -> Sequence:
+    """No more than this: its constructor would take most of the time that a step's message does."""
+    seq = Sequence.__new__(Sequence)
+    seq.seq_id, seq.seed, seq.params = seq_id, seed, params
+    seq.block_table, seq.token_ids = block_table, token_ids
+    return seq
 
 
 def pack_path(path: Path) -> Tensor:

@@ -3,6 +3,7 @@
 `python -m nanovllm.engine.workers RANK SIZE PORT` is what rank 0 starts (see nanovllm.engine.team).
 """
 
+import gc
 import json
 import logging
 import os
@@ -50,7 +51,9 @@ def serve(seat: Seat) -> NoReturn:
         config = Config.from_options(options.pop("model"), options)
         seat.store.set(f"ready/{seat.rank}", "")
         group = seat.connect(options["device"])
-        _follow(ModelRunner(config, group), group)
+        runner = ModelRunner(config, group)
+        gc.freeze()  # a full collection, for which all ranks wait, need not look at all of this
+        _follow(runner, group)
         status = 0
     except Exception as error:
         text = str(error) if isinstance(error, (ValueError, TypeError)) else traceback.format_exc()

@@ -20,8 +20,9 @@ from torch import Tensor
 # Of what waits for the next step, or for a rank that compiles kernels: a rank that ends is noticed
 # without it.
 FOREVER = timedelta(days=365)
-# int64 numbers of a message that travel at once; longer ones take a second journey.
-FRAME = 1024
+# int64 numbers of a message that travel at once, enough for most steps; longer ones take a second
+# journey, which takes longer than all of this.
+FRAME = 4096
 
 
 class Forkable:
@@ -163,10 +164,10 @@ class HostGroup(RankGroup, Forkable):
         head, rest = message[: FRAME - 2], message[FRAME - 2 :]
         frame[0], frame[1] = kind, len(message)
         frame[2 : 2 + len(head)] = head
-        for rank in range(1, self.size):
-            self._gloo.send([frame], rank, 1).wait()
-            if len(rest):
-                self._gloo.send([rest.contiguous()], rank, 1).wait()
+        parts = [frame, rest.contiguous()] if len(rest) else [frame]
+        works = [self._gloo.send([part], to, 1) for to in range(1, self.size) for part in parts]
+        for work in works:
+            work.wait()
 
     def hear(self) -> tuple[int, Tensor]:
         """Wait for what rank 0 tells."""
