@@ -1763,6 +1763,18 @@ class RankMemory:
         return found
 
 
+def one_shot(place: Tensor, peers: Peers, base: int, **options: Any) -> Tensor:
+    """Into padded memory."""
+    from nanovllm.kernels import all_reduce
+
+    memory = place.new_full((place.numel() + 128,), 77)
+    out = memory[64:-64].view(place.shape)
+    assert all_reduce.one_shot(place, peers, base, out, **options) is out
+    assert (memory[:64] == 77).all()
+    assert (memory[-64:] == 77).all()
+    return out
+
+
 @runs_kernels
 @dtypes
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
@@ -1775,7 +1787,7 @@ def test_sums_over_ranks(shape: tuple[int, int], num_ranks: int, dtype: torch.dt
     for part in parts[1:]:
         total = total + part.float()
     ranks = RankMemory(parts)
-    for out in ranks.on_all(all_reduce.one_shot):
+    for out in ranks.on_all(one_shot):
         assert torch.equal(out, total.to(dtype))
     for out in ranks.on_all(all_reduce.gather):
         assert torch.equal(out, torch.cat(parts, dim=1))
@@ -1789,21 +1801,17 @@ def test_sums_over_ranks(shape: tuple[int, int], num_ranks: int, dtype: torch.dt
 
 @runs_kernels
 def test_the_largest_of_the_ranks_keys() -> None:
-    from nanovllm.kernels import all_reduce
-
     keys = [torch.randint(-(2**63), 2**63 - 1, (300,), device=DEVICE) for _ in range(3)]
-    for out in RankMemory(keys).on_all(all_reduce.one_shot, maximum=True):
+    for out in RankMemory(keys).on_all(one_shot, maximum=True):
         assert torch.equal(out, torch.stack(keys).amax(0))
 
 
 @runs_kernels
 def test_programs_of_ranks_count_their_meetings() -> None:
     """Each tells all of them, in its own place, how many times it has been there."""
-    from nanovllm.kernels import all_reduce
-
     ranks = RankMemory([randn(1, 64) for _ in range(3)])
     for _ in range(2):
-        ranks.on_all(all_reduce.one_shot)
+        ranks.on_all(one_shot)
     far = 1 << 62
     assert ranks.meetings[:, 0].tolist() == [[far, far, 2]] * 3
     assert (ranks.meetings[:, 1:] == far).all()
@@ -1904,10 +1912,11 @@ def launch(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
         for num_ranks in (2, 4):
             peers = all_reduce.Peers(longs, longs, longs, 1, num_ranks)
             for x in (empty(2, 4096), empty(2, 4096, dtype=torch.float32)):
-                all_reduce.one_shot(x, peers, x.data_ptr())
+                all_reduce.one_shot(x, peers, x.data_ptr(), torch.empty_like(x))
                 all_reduce.two_shot(x, peers, x.data_ptr())
                 all_reduce.gather(x, peers, x.data_ptr())
-            all_reduce.one_shot(longs, peers, longs.data_ptr(), maximum=True)
+            out = torch.empty_like(longs)
+            all_reduce.one_shot(longs, peers, longs.data_ptr(), out, maximum=True)
     elif name == "prefill":
         monkeypatch.setattr(attention, "has_tma", lambda _: capability >= 90)
         monkeypatch.setattr(attention, "shared_memory", lambda _: shared_bytes)

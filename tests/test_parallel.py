@@ -807,7 +807,7 @@ class FakePeerMemory:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_peers_have_room_for_what_they_exchange(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts do not overlap; and of steps in any order none uses a small part twice running."""
+    """Parts do not overlap; no two sums running read the same small one, nor one what it writes."""
     monkeypatch.setattr(device_groups, "PeerMemory", FakePeerMemory)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
@@ -826,20 +826,30 @@ def test_peers_have_room_for_what_they_exchange(size: int, monkeypatch: pytest.M
     keys = group.keys_output(9000)
     assert (largest.shape, keys.shape) == ((rows, hidden), (9000,))
     small = group.most_one_shot // (2 * hidden)
-    parts = {span(group.output(small, hidden, torch.bfloat16, first)) for first in (True, False)}
-    parts |= {span(group.output(small, hidden, torch.bfloat16)) for _ in range(5)}
+    sums: list[tuple[Tensor, Tensor]] = []  # what each reads and writes
+
+    def one_shot(x: Tensor, peers: Any, base: int, out: Tensor) -> Tensor:
+        sums.append((x, out))
+        return out
+
+    monkeypatch.setattr("nanovllm.kernels.all_reduce.one_shot", one_shot)
+    rng = random.Random(size)
+    for _ in range(50):  # steps of one to three layers
+        x = group.output(small, hidden, torch.bfloat16, is_first=True)
+        for _ in range(1 + 2 * rng.randint(1, 3)):
+            x = group.all_reduce(x)
+            assert x is sums[-1][1]
+            assert span(group.output(small, hidden, torch.bfloat16)) == span(x)  # it is added to
+    assert all(span(x) != span(out) for x, out in sums)
+    assert all(span(before) != span(x) for (before, _), (x, _) in pairwise(sums))
+    parts = {span(part) for parts in sums for part in parts}
     assert len(parts) == 3
     assert group._meetings is not None
     spans = sorted([*parts, span(largest), span(keys), span(group._meetings)])
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert all(start % 16 == 0 for start, _ in spans)
-    rng, used = random.Random(size), []
-    for _ in range(50):  # steps of one to three layers
-        used.append(group.output(1, hidden, torch.float32, is_first=True).data_ptr())
-        used += [
-            group.output(1, hidden, torch.float32).data_ptr() for _ in range(rng.randint(1, 6))
-        ]
-    assert all(a != b for a, b in pairwise(used))
+    part = group.output(5, hidden, torch.float32)
+    assert (part.shape, part.data_ptr()) == ((5, hidden), x.data_ptr())
 
 
 class FakeGroup(RankGroup):

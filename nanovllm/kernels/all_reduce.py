@@ -11,7 +11,6 @@ freed by a large number.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -160,8 +159,8 @@ def _gather_kernel(
     _meet(meetings, counts, RANK, RANKS, PTX)  # before a rank overwrites what another reads
 
 
-def one_shot(x: Tensor, peers: Peers, base: int, maximum: bool = False) -> Tensor:
-    """The sum of all ranks' x, or the largest, in new memory: each reads what all have.
+def one_shot(x: Tensor, peers: Peers, base: int, out: Tensor, maximum: bool = False) -> Tensor:
+    """The sum of all ranks' x, or the largest: each reads what all have.
 
     Between two that use the same memory there must be another meeting, so that none writes what
     another still reads.
@@ -169,9 +168,9 @@ def one_shot(x: Tensor, peers: Peers, base: int, maximum: bool = False) -> Tenso
     Args:
         x: contiguous, in this rank's buffer, at the same place on each rank.
         base: where that buffer begins.
+        out: where the result goes, contiguous; not what others read at this meeting.
         maximum: of integers.
     """
-    out = torch.empty_like(x)
     block = 32 * NUM_WARPS * LOAD_BYTES // x.element_size()
     while triton.cdiv(x.numel(), block) > MAX_PROGRAMS:
         block *= 2

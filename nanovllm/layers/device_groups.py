@@ -3,7 +3,9 @@
 `connect` is the one place that tells which of them is used.
 """
 
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -139,12 +141,11 @@ class PeerGroup(DeviceGroup):
         num_bytes = num_tokens * size * dtype.itemsize
         memory = self._large
         if num_bytes <= self.most_one_shot:
-            # A step begins in the first part, and then takes turns in the others: so no part is
-            # used twice without a meeting in between, whatever steps follow one another.
-            self._turn = 0 if is_first else 2 if self._turn == 1 else 1
+            # A step begins in the first part, and each sum moves on to another: so none overwrites
+            # what others still read, whatever steps follow one another.
+            self._turn = 0 if is_first else self._turn
             memory = self._small[self._turn]
-        out: Tensor = memory[:num_bytes].view(dtype).view(num_tokens, size)
-        return out
+        return _placed(memory, (num_tokens, size), dtype)
 
     def keys_output(self, num_rows: int) -> Tensor:
         keys: Tensor = self._keys[: 8 * num_rows].view(torch.int64)
@@ -153,13 +154,17 @@ class PeerGroup(DeviceGroup):
     def all_reduce(self, x: Tensor) -> Tensor:
         from nanovllm.kernels.all_reduce import one_shot, two_shot
 
-        run = one_shot if x.nbytes <= self.most_one_shot else two_shot
-        return run(x, self._peers, self._base)
+        if x.nbytes > self.most_one_shot:
+            return two_shot(x, self._peers, self._base)
+        # To where the next output will be: what is added to it need not be copied there.
+        self._turn = 2 if self._turn == 1 else 1
+        out = _placed(self._small[self._turn], x.shape, x.dtype)
+        return one_shot(x, self._peers, self._base, out)
 
     def all_reduce_max(self, keys: Tensor) -> Tensor:
         from nanovllm.kernels.all_reduce import one_shot
 
-        return one_shot(keys, self._peers, self._base, maximum=True)
+        return one_shot(keys, self._peers, self._base, torch.empty_like(keys), maximum=True)
 
     def all_gather(self, x: Tensor) -> Tensor:
         from nanovllm.kernels.all_reduce import gather
@@ -173,3 +178,9 @@ class PeerGroup(DeviceGroup):
         with torch.cuda.stream(torch.cuda.Stream(self.device)):  # beside the kernel that waits
             self._meetings.view(torch.int64).copy_(self._freed, non_blocking=True)
             torch.cuda.current_stream().synchronize()
+
+
+def _placed(memory: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor that begins where the memory, uint8, does."""
+    placed: Tensor = memory[: math.prod(shape) * dtype.itemsize].view(dtype)
+    return placed.view(*shape)
