@@ -37,6 +37,7 @@ from torch import Tensor
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine import parallel_runner
+from nanovllm.engine.batch_layout import BatchLayout
 from nanovllm.engine.messages import pack_path, pack_step, unpack_path, unpack_step
 from nanovllm.engine.parallel_runner import ParallelRunner
 from nanovllm.engine.scheduler import Batch, ScheduledSequence
@@ -855,6 +856,77 @@ def test_peers_have_room_for_what_they_exchange(size: int, monkeypatch: pytest.M
 class FakeGroup(RankGroup):
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
+
+
+class Meeting(RankGroup):
+    """A rank in a thread of its own. Its sums go as PeerGroup's to where the next output will be.
+
+    Args:
+        parts: all ranks' last outputs.
+
+    Without `memory`, three parts of it, each sum has memory of its own.
+    """
+
+    def __init__(
+        self, rank: int, size: int, barrier: threading.Barrier, parts: list[Tensor]
+    ) -> None:
+        self.rank, self.size = rank, size
+        self.barrier, self.parts = barrier, parts
+        self.memory: list[Tensor] = []
+
+    def output(
+        self, num_tokens: int, size: int, dtype: torch.dtype, is_first: bool = False
+    ) -> Tensor | None:
+        if not self.memory:
+            return None
+        if is_first:
+            self.turn = 0
+        return self.memory[self.turn][: num_tokens * size].view(num_tokens, size)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self.parts[self.rank] = x
+        self.barrier.wait()
+        total = torch.stack(self.parts).sum(dim=0)
+        self.barrier.wait()
+        if not self.memory:
+            return total
+        x.fill_(torch.nan)  # whoever reads it now reads what another part may have become
+        self.turn = 2 if self.turn == 1 else 1
+        out = self.output(*x.shape, x.dtype)
+        assert out is not None
+        return out.copy_(total)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_layers_write_where_what_they_add_to_is(
+    spec: ModelSpec, checkpoint: CheckpointFactory
+) -> None:
+    size, lens = 2, [7, 1, 5]
+    model_dir = checkpoint(spec)
+    config = Config.from_options(str(model_dir), {"max_model_len": 32}).model_config
+    whole = Qwen3ForCausalLM(config, BACKENDS["torch"], 32, device=torch.device("meta"))
+    shapes = checkpoint_shapes(whole)
+    layout = BatchLayout(16, config.vocab_size, torch.device("cpu"))
+    ids = torch.randint(config.vocab_size, (sum(lens),), generator=torch.Generator().manual_seed(3))
+
+    def logits(group: Meeting) -> Tensor:
+        part = Qwen3ForCausalLM(config.split(size), BACKENDS["torch"], 32, group)
+        load_weights(part, model_dir, shapes, group)
+        _, context = layout.empty_prefill(lens)
+        context.logit_rows = torch.tensor([6, 7, 12])
+        return part(part.model.embed_tokens(ids), context)
+
+    found = []
+    for is_shared in (False, True):
+        barrier, parts = threading.Barrier(size, timeout=60), [torch.empty(0)] * size
+        groups = [Meeting(rank, size, barrier, parts) for rank in range(size)]
+        for group in groups if is_shared else ():
+            group.memory = list(torch.full((3, sum(lens) * config.hidden_size), torch.nan))
+        with ThreadPoolExecutor(size) as pool:
+            found.append(list(pool.map(logits, groups)))
+    for expected, actual in zip(*found, strict=True):
+        assert expected.isfinite().all()
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[3], SPECS[5]], ids=str)
