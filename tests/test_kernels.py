@@ -1122,7 +1122,10 @@ def test_experts_equal_their_twin(
     x, residual = (randn(num_tokens, shape.hidden_size, dtype=dtype) for _ in range(2))
     exact = run_experts(x.double(), gate_up.double(), down.double(), weights.double(), chosen)
     out = moe.grouped_experts(x, gate_up, down, logits, shape.num_chosen, True, residual)
-    assert close(out, residual.double() + exact)
+    expected = residual.double() + exact
+    assert close(out, expected)
+    moe.grouped_experts(x, gate_up, down, logits, shape.num_chosen, True, residual, residual)
+    assert close(residual, expected)
     out = torch.full_like(x, math.nan)
     moe.grouped_experts(x, gate_up, down, logits, shape.num_chosen, True, None, out)
     assert close(out, exact)
@@ -1136,6 +1139,9 @@ def test_experts_equal_their_twin(
         out = torch.full_like(x, math.nan)
         moe.few_tokens_experts(x, norm_weight, EPS, gate_up, down, *routed, None, out)
         assert close(out, exact)
+        expected = x.double() + exact
+        moe.few_tokens_experts(x, norm_weight, EPS, gate_up, down, *routed, x, x)
+        assert close(x, expected)
 
 
 @runs_kernels
@@ -1244,6 +1250,8 @@ def test_matvec(num_tokens: int, dtype: torch.dtype) -> None:
     out = torch.full_like(residual, math.nan)
     assert gemv.matvec(activated, down, out=out) is out
     assert close(out, expected - residual.double())
+    gemv.matvec(activated, down, residual=residual, out=residual)
+    assert close(residual, expected)
 
 
 @runs_kernels
@@ -1326,8 +1334,10 @@ def test_small_linear(outputs: int, inputs: int, num_tokens: int, dtype: torch.d
     out = torch.full_like(residual, math.nan)
     assert small_linear(x, weight, out=out) is out
     assert close(out, exact)
-    summed = small_linear(x, weight, bias, counters, residual)
-    assert close(summed, exact + bias.double() + residual.double())
+    expected = exact + bias.double() + residual.double()
+    assert close(small_linear(x, weight, bias, counters, residual), expected)
+    small_linear(x, weight, bias, counters, residual, out=residual)
+    assert close(residual, expected)
     if outputs % 2 == 0:
         x *= inputs**-0.5
         expected = silu_and_mul(F.linear(x.double(), weight.double()))
@@ -1554,7 +1564,9 @@ def test_a_layer_fills_out_and_adds_to_its_residual_once(
     norm.weight.data.uniform_(0.5, 1.5)
     assert close(layer(rms_norm(x, norm.weight, EPS)), layer(x, norm=norm))
     expected = residual.double() + exact
-    assert close(layer(x, residual), expected)
+    assert close(layer(x, residual.clone()), expected)
+    assert layer(x, residual, out=residual) is residual
+    assert close(residual, expected)
 
 
 @runs_kernels
