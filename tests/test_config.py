@@ -274,7 +274,7 @@ def test_a_constant_that_is_impossible_is_refused(key: str, value: float) -> Non
     ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"],
 )
 def test_a_size_that_is_missing_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match=f"no {key}"):
+    with pytest.raises(ValueError, match=f"^no {key}$"):
         model_config(**{key: ...})
 
 

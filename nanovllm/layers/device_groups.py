@@ -148,8 +148,7 @@ class PeerGroup(DeviceGroup):
         return _placed(memory, (num_tokens, size), dtype)
 
     def keys_output(self, num_rows: int) -> Tensor:
-        keys: Tensor = self._keys[: 8 * num_rows].view(torch.int64)
-        return keys
+        return _placed(self._keys, (num_rows,), torch.int64)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         from nanovllm.kernels.all_reduce import one_shot, two_shot
@@ -169,7 +168,7 @@ class PeerGroup(DeviceGroup):
     def all_gather(self, x: Tensor) -> Tensor:
         from nanovllm.kernels.all_reduce import gather
 
-        place = self._large[: x.nbytes].view(x.dtype).view(x.shape)
+        place = _placed(self._large, x.shape, x.dtype)
         return gather(place.copy_(x), self._peers, self._base)
 
     def release(self) -> None:
