@@ -17,7 +17,7 @@ from nanovllm.utils.loader import read_model_config, resolve_model_dir
 logger = logging.getLogger("nanovllm")
 
 QUANTIZATIONS = ("fp8", "int4")
-ATTENTION_BACKENDS = ("torch", "flash_attn", "triton")
+ATTENTION_BACKENDS = ("torch", "cpu", "flash_attn", "triton")
 KV_CACHE_DTYPES = ("auto", "fp8")
 BLOCK_SIZE_STEP = 16
 # The least and the most of each.
@@ -78,7 +78,8 @@ class Config:
         dtype: "auto" (the checkpoint's; on a CPU bfloat16 if it is the checkpoint's and the
             processor multiplies in it, or the weights are int4, else float32), "float32",
             "float16", "bfloat16".
-        attention_backend: "auto" (the fastest one installed), "torch", "flash_attn" or "triton".
+        attention_backend: "auto" (the fastest one that works), "torch", "cpu", "flash_attn" or
+            "triton".
         load_format: "auto" (safetensors) or "dummy" (random weights, no checkpoint read).
         quantization: "auto" (weights as the checkpoint has them) or "fp8" (e4m3 numbers in blocks
             of 128 x 128 with a scale each, quantised while they are loaded) or "int4" (on a CPU:

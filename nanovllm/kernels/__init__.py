@@ -1,4 +1,4 @@
-"""Kernels in Triton, and two for Hopper in Gluon, its lower level.
+"""Kernels in Triton, and two for Hopper in Gluon, its lower level; for a CPU, in C (see cpu.py).
 
 Each names its PyTorch twin, or twins, in nanovllm/layers.
 
@@ -35,14 +35,26 @@ def multiplies_fp8(device: torch.device) -> bool:
     return has_fp8(device)
 
 
-def kernel_of(twin: T, module: str, device: torch.device) -> T:
+def usable_on_cpu(device: torch.device, row_size: int) -> bool:
+    """True if the kernels in C run on a device, for rows of so many elements."""
+    if device.type != "cpu":
+        return False
+    from nanovllm.kernels import cpu
+
+    return row_size % cpu.ROW_STEP == 0 and cpu.library() is not None
+
+
+def kernel_of(twin: T, module: str, device: torch.device, row_size: int | None = None) -> T:
     """The kernel that does what a PyTorch function does, where kernels are usable; else that one.
 
     Args:
         twin: a function of nanovllm.layers; the kernel's launcher has its name and signature.
         module: of nanovllm.kernels, in which the launcher is.
+        row_size: for functions that module `cpu` has as well.
     """
-    if not usable(device):
+    if row_size is not None and usable_on_cpu(device, row_size):
+        module = "cpu"
+    elif not usable(device):
         return twin
     kernel: T = getattr(import_module(f"{__name__}.{module}"), twin.__name__)  # type: ignore[attr-defined]
     return kernel

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.config import FLASH_BLOCK_STEP
-from nanovllm.kernels import kernel_of
+from nanovllm.kernels import kernel_of, usable_on_cpu
+from nanovllm.layers.cpu_attention import cpu_decode, cpu_prefill
 from nanovllm.layers.flash_attention import flash_decode, flash_prefill
 from nanovllm.layers.kv_quantization import dequantize, quantize
 from nanovllm.layers.layernorm import rms_norm
@@ -134,7 +135,8 @@ class Backend(NamedTuple):
     """A pair of functions that compute attention [num_tokens, num_heads, head_dim].
 
     What a pair from a package needs: CUDA, 16-bit elements, a head_dim in `head_dims`, a block_size
-    that is a multiple of `block_step`, a GPU of `min_capability`. PyTorch's needs nothing.
+    that is a multiple of `block_step`, a GPU of `min_capability`. The one for a CPU needs one and
+    the library's kernels there, PyTorch's nothing.
     `loops_on_host`: a decode is no fixed sequence of launches, so that no CUDA graph can hold it.
     `prefill_sizes`: for a max_model_len, the numbers of tokens of steps that run all of its
     kernels, if their prompts are as long as may be.
@@ -153,6 +155,7 @@ class Backend(NamedTuple):
     prefill_sizes: Callable[[int], set[int]] = lambda max_model_len: set()
     workspace: Callable[[ModelConfig, int, int, dict[str, Any]], Any] = lambda *_: None
     reads_fp8: bool = True
+    is_for_cpu: bool = False
 
 
 # The fastest first. Measured on an H100 with head_dim 128, against flash-attn 2.8.3: the Triton
@@ -176,6 +179,7 @@ BACKENDS = {
         (8, 0),
         reads_fp8=False,
     ),
+    "cpu": Backend(cpu_prefill, cpu_decode, is_for_cpu=True),
     "torch": Backend(torch_prefill, torch_decode, loops_on_host=True, workspace=torch_workspace),
 }
 
@@ -211,6 +215,10 @@ def _why_not(
 ) -> str | None:
     """Why a back end cannot be used; None if it can."""
     package, dims = backend.package, backend.head_dims
+    if backend.is_for_cpu and not usable_on_cpu(device, head_dim):
+        if device.type != "cpu":
+            return f"the device is {device}, not a CPU"
+        return f"its kernels are not compiled, or not for a head_dim of {head_dim}"
     if package is None:
         return None
     if fp8_cache and not backend.reads_fp8:
@@ -252,7 +260,7 @@ class Attention(nn.Module):
         self.k_scales: Tensor | None = None
         self.v_scales: Tensor | None = None
         device = rotary_emb.cos_sin.device
-        self.qk_norm_rope_store = kernel_of(qk_norm_rope_store, "fused", device)
+        self.qk_norm_rope_store = kernel_of(qk_norm_rope_store, "fused", device, config.head_dim)
         self.has_kernel = self.qk_norm_rope_store is not qk_norm_rope_store
 
     def forward(

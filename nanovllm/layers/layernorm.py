@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size, **options), requires_grad=False)
-        self.rms_norm = kernel_of(rms_norm, "fused", self.weight.device)
+        self.rms_norm = kernel_of(rms_norm, "fused", self.weight.device, size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, size] -> [num_tokens, size]."""

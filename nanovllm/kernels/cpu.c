@@ -1,0 +1,421 @@
+/* Kernels for a CPU, where PyTorch's operations read memory twice or cost more than they compute.
+
+nanovllm/kernels/cpu.py compiles this file on the machine that runs it, and launches what is here.
+The vectors are GCC's, which clang has too: a processor with shorter ones takes several of its own.
+
+Elements of any dtype are read to float32, computed with there, and rounded where the PyTorch twins
+round. Functions that are handed a dtype to compile for are inlined, once for each.
+*/
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define INLINE static inline __attribute__((always_inline))
+/* Elements from which on a second thread is worth waking. */
+#define MANY 32768
+
+/* As cpu.py numbers them. */
+enum dtype { FLOAT32, FLOAT16, BFLOAT16, E4M3 };
+
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef _Float16 halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+INLINE int64_t size_of(enum dtype dtype) { return dtype == FLOAT32 ? 4 : dtype == E4M3 ? 1 : 2; }
+
+/* Where an element of an array lies. */
+INLINE void *at(const void *array, int64_t index, enum dtype dtype) {
+    return (char *)array + index * size_of(dtype);
+}
+
+/* `yes` where a comparison holds, else `no`. */
+INLINE floats select(ints holds, floats yes, floats no) {
+    return (floats)(((ints)yes & holds) | ((ints)no & ~holds));
+}
+
+/* LANES elements from one on. */
+INLINE floats load(const void *array, int64_t index, enum dtype dtype) {
+    const void *x = at(array, index, dtype);
+    if (dtype == FLOAT32) return *(const floats *)x;
+    if (dtype == FLOAT16) return __builtin_convertvector(*(const halves *)x, floats);
+    if (dtype == BFLOAT16) return (floats)(__builtin_convertvector(*(const shorts *)x, ints) << 16);
+    /* Sign, exponent and mantissa of e4m3 at their places in float32, whose bias is 120 more. */
+    ints bits = __builtin_convertvector(*(const bytes *)x, ints);
+    return (floats)((bits & 0x80) << 24 | (bits & 0x7f) << 20) * 0x1p120f;
+}
+
+INLINE shorts to_bfloat16(floats x) {
+    ints bits = (ints)x;
+    ints nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    ints is_nan = (ints)(x != x);
+    return __builtin_convertvector((nearest & ~is_nan) | (0x7fc0 & is_nan), shorts);
+}
+
+INLINE void store(void *array, int64_t index, floats x, enum dtype dtype) {
+    void *out = at(array, index, dtype);
+    if (dtype == FLOAT32) *(floats *)out = x;
+    if (dtype == FLOAT16) *(halves *)out = __builtin_convertvector(x, halves);
+    if (dtype == BFLOAT16) *(shorts *)out = to_bfloat16(x);
+}
+
+/* To the numbers that a dtype has. */
+INLINE floats rounded(floats x, enum dtype dtype) {
+    if (dtype == FLOAT16)
+        return __builtin_convertvector(__builtin_convertvector(x, halves), floats);
+    if (dtype == BFLOAT16) return (floats)(__builtin_convertvector(to_bfloat16(x), ints) << 16);
+    return x;
+}
+
+INLINE float sum(floats x) {
+    typedef float half __attribute__((vector_size(2 * LANES)));
+    typedef float quarter __attribute__((vector_size(LANES)));
+    half halves[2];
+    memcpy(halves, &x, sizeof x);
+    half pairs = halves[0] + halves[1];
+    quarter quarters[2];
+    memcpy(quarters, &pairs, sizeof pairs);
+    quarter rest = quarters[0] + quarters[1];
+    float total = 0;
+    for (int i = 0; i < LANES / 4; i++) total += rest[i];
+    return total;
+}
+
+/* e^x of x <= 0, or NaN: 2^n, n the nearest integer, times a polynomial of what is left. */
+INLINE floats exp_of(floats x) {
+    const float shift = 0x1.8p23f; /* added to a number, it leaves its integer in the lowest bits */
+    floats shifted = x * 1.44269504f + shift, n = shifted - shift;
+    floats r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    floats p = 0.00833345f + r * 0.00138890f;
+    p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666667f + r * (0.0416666f + r * p))));
+    floats power = (floats)(((ints)shifted + 127) << 23);
+    return select((ints)(x < -87.0f), (floats){}, p * power);
+}
+
+/* ---- what stands around the products */
+
+INLINE void norm_row(
+    const void *x, const void *weight, float eps, int size, void *out, enum dtype dtype) {
+    floats squares = {};
+    for (int i = 0; i < size; i += LANES) {
+        floats v = load(x, i, dtype);
+        squares += v * v;
+    }
+    float factor = 1 / sqrtf(sum(squares) / size + eps);
+    for (int i = 0; i < size; i += LANES) {
+        floats normed = rounded(load(x, i, dtype) * factor, dtype);
+        store(out, i, normed * load(weight, i, dtype), dtype);
+    }
+}
+
+/* Of each pair (x[i], x[i + size / 2]), by angles whose cosines and sines are `turn`. */
+INLINE void rotate_row(void *x, const float *turn, int size, enum dtype dtype) {
+    for (int i = 0, half = size / 2; i < half; i += LANES) {
+        floats a = load(x, i, dtype), b = load(x, i + half, dtype);
+        floats cosine = load(turn, i, FLOAT32), sine = load(turn, i + half, FLOAT32);
+        store(x, i, a * cosine - b * sine, dtype);
+        store(x, i + half, b * cosine + a * sine, dtype);
+    }
+}
+
+/* What an FP8 cache's numbers are multiplied by, powers of two: see layers/kv_quantization.py. */
+INLINE float factor_of(int exponent) {
+    uint32_t bits = exponent == 255 ? 0x7fc00000 : (uint32_t)exponent << 23;
+    float factor;
+    memcpy(&factor, &bits, sizeof factor);
+    return factor;
+}
+
+/* The nearest numbers of e4m3, of |x| <= 448. */
+INLINE bytes to_e4m3(floats x) {
+    ints bits = (ints)x & 0x7fffffff;
+    /* From 2^-6 on three bits of the mantissa stay; below, multiples of 2^-9 are counted. */
+    ints normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);
+    ints counted = (ints)((floats)bits + 0x1p14f) - 0x46800000;
+    ints is_small = (ints)((floats)bits < 0x1p-6f);
+    ints code = (counted & is_small) | (normal & ~is_small);
+    return __builtin_convertvector(code | ((ints)x >> 24 & 0x80), bytes);
+}
+
+/* A head of K or V goes to a row of a cache, unless that is negative. Where the cache is FP8, x
+becomes what it can hold of x. */
+INLINE void store_head(
+    void *x, void *cache, uint8_t *scales, int64_t row, int size, enum dtype dtype) {
+    if (!scales) {
+        if (row >= 0) memcpy(at(cache, row * size, dtype), x, size * size_of(dtype));
+        return;
+    }
+    uint32_t peak = 0, peaks[LANES];
+    for (int i = 0; i < size; i += LANES) {
+        ints bits = (ints)load(x, i, dtype) & 0x7fffffff;
+        memcpy(peaks, &bits, sizeof peaks);
+        for (int j = 0; j < LANES; j++) peak = peaks[j] > peak ? peaks[j] : peak;
+    }
+    int exponent = (int)((peak + 0x1fffff) >> 23) - 8;
+    exponent = peak >= 0x7f800000 ? 255 : exponent < 1 ? 1 : exponent;
+    if (row >= 0) scales[row] = exponent;
+    float factor = factor_of(exponent), inverse = factor_of(254 - exponent);
+    for (int i = 0; i < size; i += LANES) {
+        bytes code = to_e4m3(load(x, i, dtype) * inverse);
+        if (row >= 0) *(bytes *)at(cache, row * size + i, E4M3) = code;
+        store(x, i, load(&code, 0, E4M3) * factor, dtype);
+    }
+}
+
+/* What qk_norm_rope_store is handed, but for the tokens. */
+struct layer {
+    const void *q_weight, *k_weight; /* or NULL */
+    void *k_cache, *v_cache;
+    uint8_t *k_scales, *v_scales; /* NULL, if the cache is not FP8 */
+    float eps;
+    int num_heads, num_kv_heads, head_dim;
+};
+
+/* A token's heads of q, k and v, where they lie; slot: where k and v are stored, -1: nowhere. */
+INLINE void qk_norm_rope_store_row(
+    void *qkv, const float *turn, int64_t slot, const struct layer *layer, enum dtype dtype) {
+    int num_heads = layer->num_heads, num_kv_heads = layer->num_kv_heads;
+    int head_dim = layer->head_dim;
+    for (int head = 0; head < num_heads + num_kv_heads; head++) {
+        void *x = at(qkv, (int64_t)head * head_dim, dtype);
+        const void *weight = head < num_heads ? layer->q_weight : layer->k_weight;
+        if (weight) norm_row(x, weight, layer->eps, head_dim, x, dtype);
+        rotate_row(x, turn, head_dim, dtype);
+    }
+    for (int head = 0; head < num_kv_heads && layer->k_cache; head++) {
+        void *key = at(qkv, (int64_t)(num_heads + head) * head_dim, dtype);
+        void *value = at(key, (int64_t)num_kv_heads * head_dim, dtype);
+        int64_t row = slot < 0 ? -1 : slot * num_kv_heads + head;
+        store_head(key, layer->k_cache, layer->k_scales, row, head_dim, dtype);
+        store_head(value, layer->v_cache, layer->v_scales, row, head_dim, dtype);
+    }
+}
+
+/* call with a dtype that is known when this is compiled */
+#define BY_DTYPE(dtype, call)                         \
+    switch (dtype) {                                  \
+        case FLOAT32: call(FLOAT32); break;           \
+        case FLOAT16: call(FLOAT16); break;           \
+        case BFLOAT16: call(BFLOAT16); break;         \
+        default: break;                               \
+    }
+
+void rms_norm(
+    const void *x, const void *weight, float eps, void *out, int64_t num_rows, int size,
+    enum dtype dtype, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_rows * size >= MANY)
+    for (int64_t row = 0; row < num_rows; row++) {
+#define NORM(DTYPE) \
+    norm_row(at(x, row * size, DTYPE), weight, eps, size, at(out, row * size, DTYPE), DTYPE)
+        BY_DTYPE(dtype, NORM)
+    }
+}
+
+void qk_norm_rope_store(
+    void *qkv, const float *cos_sin, const int64_t *positions, const int32_t *slots,
+    int64_t num_tokens, const struct layer *layer, enum dtype dtype, int num_threads) {
+    int64_t size = (int64_t)(layer->num_heads + 2 * layer->num_kv_heads) * layer->head_dim;
+#pragma omp parallel for num_threads(num_threads) if (num_tokens * size >= MANY)
+    for (int64_t token = 0; token < num_tokens; token++) {
+        void *row = at(qkv, token * size, dtype);
+        const float *turn = cos_sin + positions[token] * layer->head_dim;
+#define ROW(DTYPE) qk_norm_rope_store_row(row, turn, slots[token], layer, DTYPE)
+        BY_DTYPE(dtype, ROW)
+    }
+}
+
+/* ---- attention of one query a sequence */
+
+/* Keys that are read before any of their values. */
+#define TILE 32
+/* Keys that are multiplied side by side: a sum alone would wait for itself. */
+#define ABREAST 4
+
+/* A K/V head's keys and values of a tile: rows, and what they are multiplied by (FP8), or NULL. */
+struct tile {
+    int num_keys;
+    const void *keys[TILE], *values[TILE];
+    const float *key_factors, *value_factors;
+    int64_t ahead; /* bytes to the tile after this one, if its blocks follow; else 0 */
+};
+
+/* What query heads that share a K/V head have found so far, weights relative to the peak. */
+struct found {
+    float *query, *sums, *peak, *total;
+};
+
+/* Their products with a tile's keys. */
+INLINE void multiply_keys(
+    const struct tile *tile, const float *query, float products[][TILE], int head_dim,
+    enum dtype dtype, const int NUM) {
+    for (int i = 0; i < tile->num_keys; i += ABREAST) {
+        floats sums[ABREAST][NUM];
+        for (int j = 0; j < ABREAST; j++)
+            for (int q = 0; q < NUM; q++) sums[j][q] = (floats){};
+        for (int d = 0; d < head_dim; d += LANES)
+            for (int j = 0; j < ABREAST; j++) {
+                const void *key = at(tile->keys[i + j], d, dtype);
+                const void *value = at(tile->values[i + j], d, dtype);
+                floats x = load(key, 0, dtype);
+                for (int q = 0; q < NUM; q++)
+                    sums[j][q] += x * load(query, q * head_dim + d, FLOAT32);
+                if (d * size_of(dtype) % 64) continue;
+                /* A processor foresees no more than the row that it reads. */
+                __builtin_prefetch((const char *)key + tile->ahead);
+                __builtin_prefetch((const char *)value + tile->ahead);
+            }
+        for (int j = 0; j < ABREAST; j++)
+            for (int q = 0; q < NUM; q++) products[q][i + j] = sum(sums[j][q]);
+    }
+}
+
+/* A tile's values times their weights, columns first .. first + WIDTH * LANES - 1, are added. */
+INLINE void add_values(
+    const struct tile *tile, float weights[][TILE], float *all_sums, int head_dim, int first,
+    enum dtype dtype, const int NUM, const int WIDTH) {
+    floats sums[WIDTH][NUM];
+    for (int j = 0; j < WIDTH; j++)
+        for (int q = 0; q < NUM; q++)
+            sums[j][q] = load(all_sums, q * head_dim + first + j * LANES, FLOAT32);
+    for (int i = 0; i < tile->num_keys; i++)
+        for (int j = 0; j < WIDTH; j++) {
+            floats x = load(tile->values[i], first + j * LANES, dtype);
+            for (int q = 0; q < NUM; q++) sums[j][q] += x * weights[q][i];
+        }
+    for (int j = 0; j < WIDTH; j++)
+        for (int q = 0; q < NUM; q++)
+            store(all_sums, q * head_dim + first + j * LANES, sums[j][q], FLOAT32);
+}
+
+/* Scores of a tile become weights, relative to the peak of all scores so far. */
+INLINE void weigh(const struct tile *tile, struct found found, float *weights, int head_dim) {
+    float peak = *found.peak;
+    for (int i = 0; i < tile->num_keys; i++) {
+        if (tile->key_factors) weights[i] *= tile->key_factors[i];
+        peak = weights[i] > peak ? weights[i] : peak;
+    }
+    for (int i = tile->num_keys; i < TILE; i++) weights[i] = -INFINITY;
+    floats total = {};
+    for (int i = 0; i < TILE; i += LANES) {
+        floats power = exp_of(load(weights, i, FLOAT32) - peak);
+        store(weights, i, power, FLOAT32);
+        total += power;
+    }
+    float rescale = exp_of((floats){} + (*found.peak - peak))[0];
+    *found.total = *found.total * rescale + sum(total);
+    *found.peak = peak;
+    for (int d = 0; d < head_dim && rescale != 1; d += LANES)
+        store(found.sums, d, load(found.sums, d, FLOAT32) * rescale, FLOAT32);
+    for (int i = 0; i < tile->num_keys && tile->value_factors; i++)
+        weights[i] *= tile->value_factors[i];
+}
+
+/* Attend to one more tile. */
+INLINE void attend_tile(
+    const struct tile *tile, struct found found, int head_dim, enum dtype dtype, const int NUM) {
+    float weights[NUM][TILE];
+    multiply_keys(tile, found.query, weights, head_dim, dtype, NUM);
+    for (int q = 0; q < NUM; q++) {
+        struct found one = {NULL, found.sums + q * head_dim, found.peak + q, found.total + q};
+        weigh(tile, one, weights[q], head_dim);
+    }
+    int first = 0;
+    for (; first + 4 * LANES <= head_dim; first += 4 * LANES)
+        add_values(tile, weights, found.sums, head_dim, first, dtype, NUM, 4);
+    for (; first < head_dim; first += LANES)
+        add_values(tile, weights, found.sums, head_dim, first, dtype, NUM, 1);
+}
+
+/* What a call of paged_decode is about. */
+struct decode {
+    const void *query, *k_cache, *v_cache;
+    const uint8_t *k_scales, *v_scales;
+    const int32_t *block_tables, *lens;
+    void *out;
+    float scale;
+    int64_t query_stride, table_stride; /* elements from one sequence's to the next one's */
+    int num_seqs, num_kv_heads, num_sharing, head_dim, block_size;
+    enum dtype dtype, cache_dtype;
+};
+
+/* One sequence's attention, of some K/V heads. */
+INLINE void attend(
+    const struct decode *step, int seq, int first_head, int num_heads, enum dtype dtype) {
+    int head_dim = step->head_dim, num_sharing = step->num_sharing, len = step->lens[seq];
+    int num_queries = num_heads * num_sharing;
+    int64_t first_query = (int64_t)first_head * num_sharing * head_dim;
+    int64_t stride = (int64_t)step->num_kv_heads * head_dim;
+    const int32_t *table = step->block_tables + seq * step->table_stride;
+    float query[num_queries * head_dim], sums[num_queries * head_dim];
+    float peak[num_queries], total[num_queries];
+    for (int q = 0; q < num_queries; q++) peak[q] = -INFINITY, total[q] = 0;
+    memset(sums, 0, sizeof sums);
+    for (int d = 0; d < num_queries * head_dim; d += LANES) {
+        int64_t from = seq * step->query_stride + first_query + d;
+        store(query, d, load(step->query, from, step->dtype) * step->scale, FLOAT32);
+    }
+    for (int start = 0; start < len; start += TILE) {
+        struct tile tile = {.num_keys = len - start < TILE ? len - start : TILE};
+        int64_t slots[TILE];
+        float key_factors[TILE], value_factors[TILE];
+        for (int i = 0; i < tile.num_keys; i++) {
+            int position = start + i;
+            int64_t block = table[position / step->block_size];
+            slots[i] = block * step->block_size + position % step->block_size;
+        }
+        for (int i = tile.num_keys; i % ABREAST; i++) slots[i] = slots[0];
+        if (start + TILE < len) tile.ahead = TILE * stride * size_of(dtype);
+        for (int head = 0; head < num_heads; head++) {
+            for (int i = 0; i < TILE && (i < tile.num_keys || i % ABREAST); i++) {
+                int64_t row = slots[i] * stride + (int64_t)(first_head + head) * head_dim;
+                tile.keys[i] = at(step->k_cache, row, dtype);
+                tile.values[i] = at(step->v_cache, row, dtype);
+                if (dtype != E4M3) continue;
+                int64_t scale = slots[i] * step->num_kv_heads + first_head + head;
+                key_factors[i] = factor_of(step->k_scales[scale]);
+                value_factors[i] = factor_of(step->v_scales[scale]);
+                tile.key_factors = key_factors;
+                tile.value_factors = value_factors;
+            }
+            int q = head * num_sharing, end = q + num_sharing;
+#define TAKE(NUM)                                                                           \
+    for (; q + NUM <= end; q += NUM) {                                                      \
+        struct found found = {query + q * head_dim, sums + q * head_dim, peak + q, total + q}; \
+        attend_tile(&tile, found, head_dim, dtype, NUM);                                    \
+    }
+            TAKE(4)
+            TAKE(2)
+            TAKE(1)
+        }
+    }
+    for (int d = 0; d < num_queries * head_dim; d += LANES) {
+        float share = total[d / head_dim] == 0 ? 0 : 1 / total[d / head_dim];
+        int64_t to = seq * stride * num_sharing + first_query + d;
+        store(step->out, to, load(sums, d, FLOAT32) * share, step->dtype);
+    }
+}
+
+/* Each thread takes a sequence, or of few sequences some of the heads of one. */
+void paged_decode(const struct decode *step, int num_threads) {
+    int num_parts = 1, num_kv_heads = step->num_kv_heads;
+    while (step->num_seqs * num_parts < 4 * num_threads && num_kv_heads % (2 * num_parts) == 0)
+        num_parts *= 2;
+    int num_heads = num_kv_heads / num_parts;
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic)
+    for (int task = 0; task < step->num_seqs * num_parts; task++) {
+        int seq = task / num_parts, first_head = task % num_parts * num_heads;
+        switch (step->cache_dtype) {
+            case FLOAT32: attend(step, seq, first_head, num_heads, FLOAT32); break;
+            case FLOAT16: attend(step, seq, first_head, num_heads, FLOAT16); break;
+            case BFLOAT16: attend(step, seq, first_head, num_heads, BFLOAT16); break;
+            case E4M3: attend(step, seq, first_head, num_heads, E4M3); break;
+        }
+    }
+}

@@ -1,0 +1,403 @@
+"""The kernels in C: against their PyTorch twins and float64, and machines that cannot have them."""
+
+import logging
+import math
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from torch import Tensor
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.kernels import cpu, usable_on_cpu
+from nanovllm.layers.attention import qk_norm_rope_store
+from nanovllm.layers.kv_quantization import dequantize, quantize
+from nanovllm.layers.layernorm import rms_norm
+
+NAN, INF = math.nan, math.inf
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="no C compiler makes them here")
+
+
+@pytest.fixture(params=[1, 2])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Of torch, and so of the kernels, as long as the test runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def close(out: Tensor, reference: Tensor) -> bool:
+    """Each element within the tolerance of out's dtype, of the largest of its row."""
+    scale = reference.double().abs().amax(dim=-1, keepdim=True)
+    difference = (out.double() - reference.double()).abs()
+    return bool((difference <= TOLERANCE[out.dtype] * scale).all())
+
+
+def int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# --- norm, rotary embedding, store
+
+
+@needs_kernels
+@dtypes
+@pytest.mark.parametrize("size", [32, 96, 1024, 4128])
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 65])
+def test_rms_norm(size: int, num_tokens: int, dtype: torch.dtype, num_threads: int) -> None:
+    x = torch.randn(num_tokens, size) * 2.0 ** torch.randint(-12, 7, (num_tokens, 1))
+    weight = torch.randn(size).to(dtype)
+    x = x.to(dtype)
+    before = x.clone()
+    out = cpu.rms_norm(x, weight, 1e-6)
+    assert torch.equal(x, before)
+    exact = x.double()
+    exact = exact / (exact.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    assert close(out, exact)
+    assert close(out, rms_norm(x, weight, 1e-6))
+
+
+@needs_kernels
+@dtypes
+def test_rms_norm_of_rows_of_zeros_and_of_numbers_that_are_none(dtype: torch.dtype) -> None:
+    x = torch.zeros(3, 64, dtype=dtype)
+    x[1, 7], x[2, 63] = NAN, INF
+    out = cpu.rms_norm(x, torch.ones(64, dtype=dtype), 1e-6)
+    assert not out[0].any()
+    assert out[1].isnan().all()
+    assert out[2, 63].isnan()
+
+
+class Layer:
+    """Arguments of qk_norm_rope_store: one token more than slots, which are NaN where nothing lies.
+
+    kind: "auto", or "fp8".
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, head_dim: int, kind: str, num_tokens: int, has_norm: bool
+    ) -> None:
+        self.num_heads, self.num_kv_heads = 6, 2
+        size = (self.num_heads + 2 * self.num_kv_heads) * head_dim
+        self.qkv = (torch.randn(num_tokens, size) * 3).to(dtype)
+        norms = [torch.randn(head_dim).to(dtype) for _ in range(2)]
+        self.norms = norms if has_norm else [None, None]
+        angles = torch.randn(500, head_dim // 2)
+        self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+        self.positions = torch.randint(500, (num_tokens,))
+        slots = torch.randperm(7 * 16)[:num_tokens].int()
+        slots[::5] = -1
+        self.slots = slots
+        shape = 7, 16, self.num_kv_heads
+        self.caches = [torch.full((*shape, head_dim), NAN, dtype=dtype) for _ in range(2)]
+        self.scales: list[Tensor] = []
+        if kind == "fp8":
+            self.caches = [torch.full((*shape, head_dim), 9, dtype=torch.uint8) for _ in range(2)]
+            self.scales = [torch.full(shape, 9, dtype=torch.uint8) for _ in range(2)]
+
+    def run(self, function: object) -> list[Tensor]:
+        """q, k, v, caches, scales."""
+        caches, scales = ([x.clone() for x in xs] for xs in (self.caches, self.scales))
+        found = function(  # type: ignore[operator]
+            self.qkv.clone(), *self.norms, 1e-6, self.cos_sin, self.positions, *caches, self.slots,
+            self.num_heads, self.num_kv_heads, True, *scales,
+        )  # fmt: skip
+        return [*found, *caches, *scales]
+
+
+@needs_kernels
+@dtypes
+@pytest.mark.parametrize("has_norm", [True, False], ids=["norm", "plain"])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 256])
+@pytest.mark.parametrize("num_tokens", [1, 37])
+def test_qk_norm_rope_store(
+    num_tokens: int, head_dim: int, has_norm: bool, dtype: torch.dtype, num_threads: int
+) -> None:
+    layer = Layer(dtype, head_dim, "auto", num_tokens, has_norm)
+    found, expected = layer.run(cpu.qk_norm_rope_store), layer.run(qk_norm_rope_store)
+    for out, twin in zip(found, expected, strict=True):
+        assert torch.equal(out.isnan(), twin.isnan())
+        assert close(out.nan_to_num(), twin.nan_to_num())
+    _, key, value, k_cache, v_cache = found
+    assert torch.equal(value, layer.qkv.unflatten(1, (-1, head_dim))[:, -2:])
+    stored = layer.slots >= 0
+    for cache, rows in ((k_cache, key), (v_cache, value)):
+        assert torch.equal(cache.flatten(0, 1)[layer.slots[stored].long()], rows[stored])
+
+
+@needs_kernels
+@dtypes
+def test_without_a_pool_nothing_is_stored(dtype: torch.dtype) -> None:
+    layer = Layer(dtype, 32, "auto", 3, has_norm=True)
+    expected = layer.run(cpu.qk_norm_rope_store)[:3]
+    layer.caches = [torch.empty(0), torch.empty(0)]
+    for out, with_pool in zip(layer.run(cpu.qk_norm_rope_store), expected, strict=False):
+        assert torch.equal(out, with_pool)
+
+
+@needs_kernels
+@dtypes
+def test_an_fp8_cache_holds_what_the_twin_stores(dtype: torch.dtype) -> None:
+    """Bit by bit, of numbers on both sides of every border that rounding has."""
+    layer = Layer(dtype, 64, "fp8", 100, has_norm=False)
+    layer.cos_sin = torch.cat((torch.ones(500, 32), torch.zeros(500, 32)), dim=1)
+    all_bytes = torch.arange(256, dtype=torch.uint8)
+    numbers = all_bytes.view(torch.float8_e4m3fn).float().nan_to_num(0)
+    middles = (numbers[:126] + numbers[1:127]) / 2
+    edges = torch.cat((numbers, middles, -middles, middles * 1.001, middles * 0.999))
+    rows = edges[torch.randint(len(edges), layer.qkv.shape)]
+    rows *= 2.0 ** torch.randint(-16, 7, (len(rows), 1))
+    rows[1] = 0
+    rows[2, -3] = INF
+    rows[3, -200] = NAN
+    rows[4] *= 2.0**-130
+    layer.qkv = rows.to(dtype)
+    found, expected = layer.run(cpu.qk_norm_rope_store), layer.run(qk_norm_rope_store)
+    is_nan = found[1].isnan()
+    for out, twin in zip(found[:3], expected[:3], strict=True):
+        assert torch.equal(out.nan_to_num(7), twin.nan_to_num(7))
+    for out, twin in zip(found[5:], expected[5:], strict=True):
+        assert torch.equal(out, twin)
+    for out, twin, scales in zip(found[3:5], expected[3:5], found[5:], strict=True):
+        assert torch.equal(out[scales != 255], twin[scales != 255])
+    assert is_nan.any(dim=-1).any()
+
+
+# --- attention
+
+
+class Decode:
+    """Queries, and K and V in scattered blocks of a cache that is NaN elsewhere."""
+
+    def __init__(
+        self, lens: list[int], num_kv_heads: int, num_sharing: int, head_dim: int,
+        dtype: torch.dtype, block_size: int = 16, fp8: bool = False,
+    ) -> None:  # fmt: skip
+        num_heads = num_kv_heads * num_sharing
+        self.scale = head_dim**-0.5
+        strided = torch.randn(len(lens), num_heads + 2 * num_kv_heads, head_dim).to(dtype) * 2
+        self.query = strided[:, :num_heads]
+        self.lens = int32(lens)
+        counts = [-(-n // block_size) for n in lens]
+        num_blocks = sum(counts) + 2
+        blocks = (torch.randperm(num_blocks - 1) + 1).split([*counts, 1])
+        width = max(counts) + 3
+        self.tables = torch.full((len(lens), width), 1 << 30, dtype=torch.int32)
+        shape = num_blocks, block_size, num_kv_heads, head_dim
+        self.caches = [torch.full(shape, NAN, dtype=dtype) for _ in range(2)]
+        self.rows = []
+        for row, length in enumerate(lens):
+            self.tables[row, : counts[row]] = blocks[row]
+            positions = torch.arange(length)
+            slots = blocks[row][positions // block_size] * block_size + positions % block_size
+            keys = [torch.randn(length, num_kv_heads, head_dim).to(dtype) for _ in range(2)]
+            keys[1] *= 2.0 ** torch.randint(-9, 9, (length, num_kv_heads, 1))
+            for cache, some in zip(self.caches, keys, strict=True):
+                cache.flatten(0, 1)[slots] = some
+            self.rows.append(keys)
+        self.scales: list[Tensor] = []
+        if fp8:
+            stored = [quantize(cache) for cache in self.caches]
+            self.caches = [values for values, _ in stored]
+            self.scales = [scales for _, scales in stored]
+            for keys in self.rows:
+                for x in keys:
+                    dequantize(*quantize(x), out=x)
+
+    def run(self) -> Tensor:
+        how = self.tables, self.lens, self.scale
+        return cpu.paged_decode(self.query, *self.caches, *how, *self.scales)
+
+    def exact(self) -> Tensor:
+        """float64."""
+        out = torch.zeros(self.query.shape, dtype=torch.float64)
+        for row, (keys, values) in enumerate(self.rows):
+            num_sharing = self.query.size(1) // keys.size(1)
+            k, v = (x.double().repeat_interleave(num_sharing, dim=1) for x in (keys, values))
+            scores = torch.einsum("hd,khd->hk", self.query[row].double(), k) * self.scale
+            out[row] = torch.einsum("hk,khd->hd", scores.softmax(dim=-1), v)
+        return out
+
+
+LENS = [1, 15, 16, 17, 31, 32, 33, 64, 65, 300]
+
+
+@needs_kernels
+@dtypes
+@pytest.mark.parametrize("fp8", [False, True], ids=["auto", "fp8"])
+@pytest.mark.parametrize(
+    ("num_kv_heads", "num_sharing", "head_dim", "block_size"),
+    [(2, 1, 32, 1), (8, 2, 64, 16), (3, 3, 96, 33), (1, 7, 128, 256), (4, 8, 256, 16)],
+)
+def test_decode(
+    num_kv_heads: int, num_sharing: int, head_dim: int, block_size: int, fp8: bool,
+    dtype: torch.dtype, num_threads: int,
+) -> None:  # fmt: skip
+    for lens in (LENS, LENS[-1:]):  # many sequences, and one, whose heads are shared out
+        case = Decode(lens, num_kv_heads, num_sharing, head_dim, dtype, block_size, fp8)
+        out = case.run()
+        assert out.is_contiguous()
+        assert close(out, case.exact())
+
+
+@needs_kernels
+@dtypes
+def test_a_sequence_without_keys_has_no_output(dtype: torch.dtype) -> None:
+    case = Decode([0, 5, 0], 2, 2, 64, dtype)
+    out = case.run()
+    assert not out[0].any()
+    assert not out[2].any()
+    assert close(out[1], case.exact()[1])
+
+
+@needs_kernels
+@dtypes
+def test_a_key_that_is_no_number_reaches_the_heads_that_read_it_alone(dtype: torch.dtype) -> None:
+    for which, poison in ((0, NAN), (1, NAN), (1, INF), (0, INF)):
+        case = Decode([40, 40], 2, 2, 64, dtype)
+        case.query[:] = case.query.abs()
+        block, offset = case.tables[0, 35 // 16], 35 % 16
+        case.caches[which][block, offset, 1, 5] = poison
+        out, exact = case.run(), case.exact()
+        assert close(out[1], exact[1])
+        assert close(out[0, :2], exact[0, :2])
+        reached = out[0, 2:] if which == 0 else out[0, 2:, 5]
+        assert not reached.isfinite().any()
+
+
+@needs_kernels
+def test_one_score_far_above_the_others_takes_all() -> None:
+    """What came before it vanishes, and what comes after, whichever tile each is in."""
+    for position in (0, 31, 32, 70, 99):
+        case = Decode([100], 1, 1, 64, torch.float32)
+        keys, values = case.rows[0]
+        slot = case.tables[0, position // 16] * 16 + position % 16
+        keys[position] = case.query[0] * 1e4
+        case.caches[0].flatten(0, 1)[slot] = keys[position]
+        assert torch.equal(case.run()[0], values[position])
+
+
+@needs_kernels
+def test_a_pool_of_more_than_2_to_the_31_elements() -> None:
+    """Of which the machine need not have the memory: only what is written takes any."""
+    num_blocks = (1 << 31) // (16 * 2 * 128) + 2
+    pool = torch.empty(num_blocks, 16, 2, 128, dtype=torch.uint8)
+    scales = torch.empty(num_blocks, 16, 2, dtype=torch.uint8)
+    values, exponents = quantize(torch.randn(16, 2, 128))
+    pool[-1], scales[-1] = values, exponents
+    keys = dequantize(values, exponents, out=torch.empty(16, 2, 128)).double()
+    query = torch.randn(1, 2, 128)
+    out = cpu.paged_decode(
+        query, pool, pool, int32([[num_blocks - 1]]), int32([16]), 0.1, scales, scales
+    )  # fmt: skip
+    weights = (torch.einsum("hd,khd->hk", query[0].double(), keys) * 0.1).softmax(dim=-1)
+    assert close(out[0], torch.einsum("hk,khd->hd", weights, keys))
+    slot = int32([num_blocks * 16 - 2])
+    qkv = torch.randn(1, 6 * 128)
+    flat = torch.cat((torch.ones(1, 64), torch.zeros(1, 64)), dim=1)
+    first = torch.zeros(1, dtype=torch.int64)
+    rows = cpu.qk_norm_rope_store(
+        qkv, None, None, 0.0, flat, first, pool, pool, slot, 2, 2, True, scales, scales
+    )  # fmt: skip
+    stored = torch.empty(2, 128)
+    dequantize(pool[-1, -2], scales[-1, -2], out=stored)
+    assert torch.equal(stored, rows[2][0])
+
+
+# --- the engine
+
+
+def generate(model_dir: Path, prompts: list[list[int]], **options: object) -> list[list[int]]:
+    with LLM(str(model_dir), device="cpu", kvcache_block_size=16, **options) as llm:
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        return [out["token_ids"] for out in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_the_engine_gives_the_tokens_that_it_gives_without_them(
+    kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one checkpoint whose logits are sharp, in float32."""
+    prompts = [list(range(10, 10 + n)) for n in (1, 15, 16, 17, 50, 130)]
+    options = {"dtype": "float32", "kv_cache_dtype": kv_cache_dtype}
+    with LLM(str(TINY), device="cpu", **options) as llm:
+        assert llm.model_runner is not None
+        assert llm.model_runner.backend == "cpu"
+    found = generate(TINY, prompts, **options)
+    assert generate(TINY, prompts, **options, attention_backend="torch") == found
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    assert generate(TINY, prompts, **options) == found
+
+
+# --- machines that cannot have them
+
+
+@pytest.fixture
+def not_yet_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)
+    return tmp_path / "nanovllm"
+
+
+def script(folder: Path, text: str) -> str:
+    """A program of a shell's lines."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@needs_kernels
+def test_they_are_compiled_once(not_yet_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu.library() is not None
+    [compiled] = not_yet_compiled.iterdir()  # and nothing else is left there
+    before = compiled.stat().st_mtime_ns
+    assert cpu.library() is not None
+    assert compiled.stat().st_mtime_ns == before
+    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-DCHANGED"))
+    assert cpu.library() is not None
+    assert len(list(not_yet_compiled.iterdir())) == 2
+
+
+@pytest.mark.parametrize("fault", ["none", "fails", "missing", "folder", "garbage", "system"])
+def test_where_they_cannot_be_compiled_the_twins_run(
+    fault: str, not_yet_compiled: Path, tmp_path: Path, tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO, logger="nanovllm")
+    monkeypatch.delenv("CC", raising=False)
+    if fault == "none":
+        monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
+    elif fault == "fails":
+        monkeypatch.setenv("CC", script(tmp_path, "echo cannot do that >&2; exit 3"))
+    elif fault == "missing":
+        monkeypatch.setenv("CC", str(tmp_path / "nothing"))
+    elif fault == "folder":
+        not_yet_compiled.write_text("a file where the folder should be")
+    elif fault == "garbage":
+        monkeypatch.setenv("CC", script(tmp_path, 'for last; do :; done; echo garbage > "$last"'))
+    else:
+        monkeypatch.setattr(cpu.sys, "platform", "plan9")
+    assert cpu.library() is None
+    [message] = [record.getMessage() for record in caplog.records]
+    assert message.startswith("plain PyTorch on the CPU, without kernels in C: ")
+    said = {"none": "no C compiler", "fails": "cannot do that", "system": "plan9"}
+    assert said.get(fault, "") in message
+    assert not usable_on_cpu(torch.device("cpu"), 64)
+    assert len(generate(tiny_model, [[1, 2, 3]], max_model_len=64)[0]) == 40
+    with pytest.raises(ValueError, match="attention_backend='cpu' cannot be used"):
+        LLM(str(tiny_model), device="cpu", attention_backend="cpu")
+
+
+def test_rows_of_other_sizes_are_left_to_the_twins() -> None:
+    assert not usable_on_cpu(torch.device("cpu"), 48)
+    assert not usable_on_cpu(torch.device("meta"), 64)
+    assert usable_on_cpu(torch.device("cpu"), 64) == (cpu.library() is not None)
