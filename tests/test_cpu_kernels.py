@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import cpu, usable_on_cpu
+from nanovllm.layers import sampler
 from nanovllm.layers.attention import qk_norm_rope_store
 from nanovllm.layers.kv_quantization import dequantize, quantize
 from nanovllm.layers.layernorm import rms_norm
@@ -167,6 +168,34 @@ def test_an_fp8_cache_holds_what_the_twin_stores(dtype: torch.dtype) -> None:
     for out, twin, scales in zip(found[3:5], expected[3:5], found[5:], strict=True):
         assert torch.equal(out[scales != 255], twin[scales != 255])
     assert is_nan.any(dim=-1).any()
+
+
+# --- sampling
+
+
+@needs_kernels
+@dtypes
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 47, 1000, 151_936])
+def test_sample(vocab_size: int, dtype: torch.dtype, num_threads: int) -> None:
+    """The twin's ids and keys, ties and NaN among the logits too."""
+    temperatures = torch.tensor([0, 0.3, 0.6, 1, 2.5, 1e-30, 1e4])
+    num_rows = len(temperatures)
+    for _ in range(3):
+        logits = (torch.randn(num_rows, vocab_size + 9) * 3).to(dtype)[:, :vocab_size]
+        logits[:, vocab_size // 2 :: 5] = logits.max()
+        seeds = torch.randint(-(1 << 62), 1 << 62, (num_rows,))
+        positions = torch.randint(1 << 31, (num_rows,))
+        thresholds = logits.float().topk(min(9, vocab_size)).values[:, -1]
+        rows = logits, temperatures, seeds, positions
+        for how in ({}, {"thresholds": thresholds}):
+            assert torch.equal(cpu.sample(*rows, **how), sampler.sample(*rows, **how))
+        keys, expected = (f(*rows, first_id=7000) for f in (cpu.sample, sampler.sample))
+        assert torch.equal(sampler.ids_of(keys), sampler.ids_of(expected))
+        assert torch.equal(keys[:1], expected[:1])  # without noise, the scores are equal
+        if vocab_size >= 32:
+            logits[:, vocab_size - 3] = NAN
+            assert (cpu.sample(*rows) == vocab_size - 3).all()
+            assert (sampler.sample(*rows) == vocab_size - 3).all()
 
 
 # --- attention

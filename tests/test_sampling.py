@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels import cpu
 from nanovllm.layers import sampler
 
 NUM_DRAWS = 20_000
@@ -23,6 +24,18 @@ def sample(logits: Tensor, temperatures: Tensor) -> Tensor:
     """One id a row, each row with a seed of its own."""
     seeds = torch.randint(1 << 62, (len(logits),))
     return sampler.sample(logits, temperatures, seeds, torch.zeros_like(seeds))
+
+
+@pytest.fixture(params=["twin", "cpu"])
+def which_sampler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sample` is PyTorch's, or the kernel in C."""
+    if request.param == "cpu":
+        if cpu.library() is None:
+            pytest.skip("no C compiler makes the kernels here")
+        monkeypatch.setattr(sampler, "sample", cpu.sample)
+
+
+each_sampler = pytest.mark.usefixtures("which_sampler")
 
 
 def temperatures(*values: float) -> Tensor:
@@ -50,6 +63,7 @@ LOGITS = torch.tensor(
 )
 
 
+@each_sampler
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_draws_follow_the_softmax_at_the_temperature(temperature: float, seed: int) -> None:
@@ -63,6 +77,7 @@ def test_the_chi_square_test_would_notice_another_temperature() -> None:
     assert p_value(draw(LOGITS, 0.75), LOGITS, 0.7) < 0.001
 
 
+@each_sampler
 def test_each_row_has_its_own_temperature() -> None:
     torch.manual_seed(0)
     half = NUM_DRAWS // 2
@@ -73,6 +88,7 @@ def test_each_row_has_its_own_temperature() -> None:
         assert p_value(counts, LOGITS, temperature) > 0.001
 
 
+@each_sampler
 def test_rows_are_drawn_independently() -> None:
     torch.manual_seed(0)
     ids = sample(torch.zeros(NUM_DRAWS, 4), torch.ones(NUM_DRAWS))
@@ -80,6 +96,7 @@ def test_rows_are_drawn_independently() -> None:
     assert float(stats.chisquare(pairs.double().numpy()).pvalue) > 0.001
 
 
+@each_sampler
 def test_temperature_0_is_the_argmax_beside_rows_that_are_drawn() -> None:
     torch.manual_seed(0)
     logits = torch.randn(1000, 50)
@@ -105,6 +122,7 @@ def test_argmax_is_the_first_of_the_largest(num_parts: int, extra: int, dtype: t
     assert torch.equal(sampler.argmax(x), expected)
 
 
+@each_sampler
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-45, 1e-60])
 def test_a_tiny_temperature_is_the_argmax(temperature: float) -> None:
     torch.manual_seed(0)
@@ -114,6 +132,7 @@ def test_a_tiny_temperature_is_the_argmax(temperature: float) -> None:
     assert torch.equal(ids, logits.argmax(dim=-1))
 
 
+@each_sampler
 @pytest.mark.parametrize("temperature", [1e6, 1e30, 3e38])
 def test_a_huge_temperature_is_uniform(temperature: float) -> None:
     torch.manual_seed(0)
@@ -121,6 +140,7 @@ def test_a_huge_temperature_is_uniform(temperature: float) -> None:
     assert float(stats.chisquare(counts.double().numpy()).pvalue) > 0.001
 
 
+@each_sampler
 @pytest.mark.parametrize("temperature", [0.0, 1e-30, 0.7, 1.0, 100.0])
 def test_tokens_at_minus_infinity_never_come(temperature: float) -> None:
     torch.manual_seed(0)
@@ -132,12 +152,14 @@ def test_tokens_at_minus_infinity_never_come(temperature: float) -> None:
     assert set(ids.tolist()) == ({3, 7} if temperature >= 0.7 else {7})
 
 
+@each_sampler
 def test_one_token_alone_always_comes() -> None:
     logits = torch.full((1000, 20), -math.inf)
     logits[:, 19] = -1e30
     assert (sample(logits, torch.ones(1000)) == 19).all()
 
 
+@each_sampler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_logits_are_drawn_from_as_exactly(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -147,6 +169,7 @@ def test_half_precision_logits_are_drawn_from_as_exactly(dtype: torch.dtype) -> 
     assert ids.item() == logits.argmax()
 
 
+@each_sampler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_logits_are_not_changed(dtype: torch.dtype) -> None:
     logits = torch.randn(4, 50).to(dtype)
@@ -155,6 +178,7 @@ def test_the_logits_are_not_changed(dtype: torch.dtype) -> None:
     assert torch.equal(logits, before)
 
 
+@each_sampler
 def test_noise_depends_on_seed_position_and_token_alone() -> None:
     """A row's draw does not depend on its neighbours, and another position draws anew."""
     torch.manual_seed(0)
@@ -169,6 +193,7 @@ def test_noise_depends_on_seed_position_and_token_alone() -> None:
     assert not torch.equal(sampler.sample(logits, ones, seeds + 1, positions), ids)
 
 
+@each_sampler
 @pytest.mark.parametrize("varies", ["seeds", "positions"])
 def test_neighbouring_seeds_and_positions_draw_independently(varies: str) -> None:
     """The tokens of one request, or of requests whose seeds follow one another."""
@@ -181,6 +206,7 @@ def test_neighbouring_seeds_and_positions_draw_independently(varies: str) -> Non
         assert float(stats.chisquare(pairs.double().numpy()).pvalue) > 0.001
 
 
+@each_sampler
 def test_large_logits_do_not_overflow() -> None:
     torch.manual_seed(0)
     shifted = LOGITS + 1e4

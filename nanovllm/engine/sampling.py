@@ -1,7 +1,7 @@
 """Sampler: from logits, of the vocabulary or a rank's part, to token ids and log-probabilities."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,12 +57,13 @@ class Sampler:
         self.sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.logits = torch.empty(max_num_seqs, vocab_size, dtype=dtype, device=device)
         self._kept_threshold = kernel_of(kept_threshold, "filters", device)
-        self._sample = sample
+        self._sample = kernel_of(sample, "sampler", device, row_size=0)
         if kernels.usable(device):
-            from nanovllm.kernels.sampler import sample as kernel
             from nanovllm.kernels.sampler import sample_workspace
 
-            self._sample = partial(kernel, workspace=sample_workspace(max_num_seqs, device))
+            with_workspace: Any = self._sample
+            workspace = sample_workspace(max_num_seqs, device)
+            self._sample = partial(with_workspace, workspace=workspace)
 
     def sample(self, logits: Tensor, how: SamplingTensors) -> None:
         """Fill `sampled` from logits [num_sampled, vocab_size]; of a rank's part: unfiltered."""

@@ -50,7 +50,7 @@ def kernel_of(twin: T, module: str, device: torch.device, row_size: int | None =
     Args:
         twin: a function of nanovllm.layers; the kernel's launcher has its name and signature.
         module: of nanovllm.kernels, in which the launcher is.
-        row_size: for functions that module `cpu` has as well.
+        row_size: of a function that module `cpu` has as well, elements of its rows; 0: any number.
     """
     if row_size is not None and usable_on_cpu(device, row_size):
         module = "cpu"

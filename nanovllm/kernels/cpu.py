@@ -1,7 +1,7 @@
 """Kernels for a CPU: cpu.c, compiled once for the processor at hand, by the machine's C compiler.
 
-Twins: nanovllm.layers.layernorm, .attention (qk_norm_rope_store, torch_decode). Where
-there is no compiler, or it cannot do this, the twins run.
+Twins: nanovllm.layers.layernorm, .sampler, .attention (qk_norm_rope_store), .torch_attention
+(torch_decode). Where there is no compiler, or it cannot do this, the twins run.
 """
 
 import ctypes
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 logger = logging.getLogger("nanovllm")
@@ -33,6 +34,7 @@ pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ct
 SIGNATURES = {
     "rms_norm": (pointer, pointer, real, pointer, long, integer, integer, integer),
     "qk_norm_rope_store": (*(pointer,) * 4, long, pointer, integer, integer),
+    "sample": (pointer, integer, integer),
     "paged_decode": (pointer, integer),
 }
 
@@ -169,6 +171,45 @@ def qk_norm_rope_store(
     tokens = cos_sin, positions, slot_mapping, heads.size(0)
     _call("qk_norm_rope_store", qkv, *tokens, ctypes.byref(layer), DTYPES[qkv.dtype])
     return heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+
+
+class _Sampling(ctypes.Structure):
+    """struct sampling."""
+
+    _fields_ = (
+        *((name, pointer) for name in ("logits", "temperatures", "thresholds", "seeds")),
+        *((name, pointer) for name in ("positions", "out")),
+        *((name, long) for name in ("stride", "first_id")),
+        *((name, integer) for name in ("num_rows", "vocab_size")),
+    )
+
+
+def sample(
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    thresholds: Tensor | None = None,
+    out: Tensor | None = None,
+    first_id: int | None = None,
+) -> Tensor:
+    """Twin: nanovllm.layers.sampler.sample.
+
+    Args:
+        logits: [num_seqs, vocab_size], rows contiguous.
+        temperatures, thresholds: float32 [num_seqs]. seeds, positions: int64 [num_seqs].
+    """
+    if logits.size(1) < ROW_STEP:  # less than a vector
+        logits = F.pad(logits, (0, ROW_STEP - logits.size(1)), value=-torch.inf)
+    num_seqs, vocab_size = logits.shape
+    out = seeds.new_empty(num_seqs) if out is None else out
+    assert logits.stride(1) == 1 and out.is_contiguous()
+    numbers = temperatures, thresholds, seeds, positions
+    tensors = logits, *(None if x is None else x.contiguous() for x in numbers), out
+    sizes = logits.stride(0), -1 if first_id is None else first_id, num_seqs, vocab_size
+    what = _Sampling(*map(_address, tensors), *sizes)
+    _call("sample", ctypes.byref(what), DTYPES[logits.dtype])
+    return out
 
 
 class _Decode(ctypes.Structure):
