@@ -12,9 +12,10 @@ from conftest import TINY
 from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels import cpu, usable_on_cpu
+from nanovllm.kernels import cpu, multiplies_int4, usable_on_cpu
 from nanovllm.layers import sampler
 from nanovllm.layers.attention import qk_norm_rope_store
+from nanovllm.layers.int4 import Groups, Int4Weight, packed
 from nanovllm.layers.kv_quantization import dequantize, quantize
 from nanovllm.layers.layernorm import rms_norm
 
@@ -337,6 +338,40 @@ def test_a_pool_of_more_than_2_to_the_31_elements() -> None:
     stored = torch.empty(2, 128)
     dequantize(pool[-1, -2], scales[-1, -2], out=stored)
     assert torch.equal(stored, rows[2][0])
+
+
+# --- int4 weights
+
+
+@pytest.mark.skipif(
+    not multiplies_int4(torch.device("cpu")), reason="no kernel for int4 on this machine"
+)
+@pytest.mark.parametrize("num_tokens", [0, *range(1, 20), 64, 511, 512, 513, 1031])
+@pytest.mark.parametrize(("num_rows", "size"), [(64, 32), (5, 96), (200, 192), (128, 384)])
+def test_int4_linear(num_rows: int, size: int, num_tokens: int, num_threads: int) -> None:
+    """Rounded once: within half a step of bfloat16 of the product of the weight's own numbers."""
+    groups = Groups.of(size)
+    assert groups is not None
+    weight = packed((torch.randn(num_rows, size) * 3).bfloat16(), groups)
+    assert isinstance(weight, Int4Weight)
+    matrix = weight.values, weight.scales, weight.num_rows
+    exact_weight = weight.dequantized(torch.float32).double()
+    x = torch.randn(num_tokens, size).bfloat16()
+    residual, bias = torch.randn(num_tokens, num_rows).bfloat16(), torch.randn(num_rows).bfloat16()
+    product = x.double() @ exact_weight.T
+    size_of_terms = x.double().abs() @ exact_weight.abs().T + 8
+    for more, exact in (
+        ({}, product),
+        ({"bias": bias}, product + bias.double()),
+        ({"residual": residual.clone()}, product + residual.double()),
+        ({"bias": bias, "residual": residual.clone()}, product + bias.double() + residual.double()),
+    ):
+        out = torch.full((num_tokens + 1, num_rows), 7.0, dtype=torch.bfloat16)
+        for to in (None, out[:num_tokens], more.get("residual")):
+            y = cpu.int4_linear(x, *matrix, **more, out=to)
+            assert to is None or y.data_ptr() == to.data_ptr()
+            assert ((y.double() - exact).abs() <= exact.abs() / 256 + 1e-5 * size_of_terms).all()
+        assert (out[num_tokens] == 7.0).all()
 
 
 # --- the engine

@@ -44,6 +44,15 @@ def usable_on_cpu(device: torch.device, row_size: int) -> bool:
     return row_size % cpu.ROW_STEP == 0 and cpu.library() is not None
 
 
+def multiplies_int4(device: torch.device) -> bool:
+    """True if the kernel for int4 weights runs on a device."""
+    if not usable_on_cpu(device, 0):
+        return False
+    from nanovllm.kernels.cpu import has_int4
+
+    return has_int4()
+
+
 def kernel_of(twin: T, module: str, device: torch.device, row_size: int | None = None) -> T:
     """The kernel that does what a PyTorch function does, where kernels are usable; else that one.
 

@@ -1,7 +1,8 @@
 """Kernels for a CPU: cpu.c, compiled once for the processor at hand, by the machine's C compiler.
 
 Twins: nanovllm.layers.layernorm, .sampler, .attention (qk_norm_rope_store), .torch_attention
-(torch_decode). Where there is no compiler, or it cannot do this, the twins run.
+(torch_decode), .int4 (Int4Weight.linear). Where there is no compiler, or it cannot do this, the
+twins run.
 """
 
 import ctypes
@@ -36,7 +37,10 @@ SIGNATURES = {
     "qk_norm_rope_store": (*(pointer,) * 4, long, pointer, integer, integer),
     "sample": (pointer, integer, integer),
     "paged_decode": (pointer, integer),
+    "int4_linear": (*(pointer,) * 5, integer, integer),
 }
+# What int4_linear takes at a time, whose sums stay in the cache.
+MOST_TOKENS = 512
 
 
 @cache
@@ -48,9 +52,15 @@ def library() -> ctypes.CDLL | None:
         logger.info(f"plain PyTorch on the CPU, without kernels in C: {error}")
         return None
     for name, signature in SIGNATURES.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = signature, None
+        if hasattr(found, name):
+            function = getattr(found, name)
+            function.argtypes, function.restype = signature, None
     return found
+
+
+def has_int4() -> bool:
+    """True if int4_linear is there, which wants a processor that multiplies pairs of bfloat16."""
+    return hasattr(library(), "int4_linear")
 
 
 def _compiled() -> Path:
@@ -263,4 +273,51 @@ def paged_decode(
         *(DTYPES[query.dtype], DTYPES[k_cache.dtype]),
     )
     _call("paged_decode", ctypes.byref(step))
+    return out
+
+
+class _Int4(ctypes.Structure):
+    """struct int4."""
+
+    _fields_ = (
+        *((name, pointer) for name in ("values", "scales", "bias")),
+        ("group_stride", long),
+        *((name, integer) for name in ("num_rows", "num_out", "num_inputs", "group_size")),
+    )
+
+
+def int4_linear(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    num_rows: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """residual + (x @ weight.T + bias). Twin: nanovllm.layers.int4.Int4Weight.linear.
+
+    Args:
+        x: bfloat16 [num_tokens, num_inputs], contiguous.
+        values: uint8 [num_padded_rows, num_inputs / 2], contiguous, of blocks of 64 rows; in each,
+            input after input, a byte has the codes of rows j and j + 32.
+        scales: bfloat16 [num_groups, num_padded_rows, 2], rows contiguous.
+        bias: bfloat16 [num_rows].
+        residual: bfloat16 [num_tokens, num_rows], contiguous.
+        out: likewise, is filled; it may be `residual`.
+    """
+    num_groups, num_padded, _ = scales.shape
+    num_tokens, num_inputs = x.shape
+    out = x.new_empty(num_tokens, num_rows) if out is None else out
+    rows = x, values, out, *(() if residual is None else (residual,))
+    assert all(t.is_contiguous() for t in rows) and scales.stride()[1:] == (2, 1)
+    sizes = scales.stride(0), num_padded, num_rows, num_inputs, num_inputs // num_groups
+    weight = ctypes.byref(_Int4(*map(_address, (values, scales, bias)), *sizes))
+    # Pairs of inputs as they are read, and totals of groups.
+    scratch = x.new_empty(min(num_tokens, MOST_TOKENS) * (num_inputs + 2 * num_groups))
+    for start in range(0, num_tokens, MOST_TOKENS):
+        some = slice(start, start + MOST_TOKENS)
+        more = None if residual is None else residual[some]
+        num = min(num_tokens - start, MOST_TOKENS)
+        _call("int4_linear", weight, x[some], more, out[some], scratch, num)
     return out
