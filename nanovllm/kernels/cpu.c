@@ -622,9 +622,12 @@ INLINE void multiply_panel(
         }
 }
 
-/* Tokens to take side by side, of so many that are left: at most 6, whose sums fill the registers,
-and no few, which would wait for one another. */
-INLINE int num_abreast(int left) { return left >= 10 || left == 6 ? 6 : left >= 7 ? 4 : left; }
+/* Tokens to take side by side, of so many that are left: up to 6, whose sums fill the registers, and
+of about as many each time, since few would wait for their own sums. */
+INLINE int num_abreast(int left) {
+    int num_times = (left + 5) / 6;
+    return (left + num_times - 1) / num_times;
+}
 
 /* For tokens taken abreast: x [NUM, num_pairs] as [num_pairs, NUM], and the totals of its groups. */
 static void prepare_tokens(
