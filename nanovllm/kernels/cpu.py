@@ -1,8 +1,7 @@
 """Kernels for a CPU: cpu.c, compiled once for the processor at hand, by the machine's C compiler.
 
 Twins: nanovllm.layers.layernorm, .sampler, .attention (qk_norm_rope_store), .torch_attention
-(torch_decode), .int4 (Int4Weight.linear). Where there is no compiler, or it cannot do this, the
-twins run.
+(both), .int4 (Int4Weight.linear). Where there is no compiler, or it cannot do this, the twins run.
 """
 
 import ctypes
@@ -37,6 +36,7 @@ SIGNATURES = {
     "qk_norm_rope_store": (*(pointer,) * 4, long, pointer, integer, integer),
     "sample": (pointer, integer, integer),
     "paged_decode": (pointer, integer),
+    "paged_prefill": (pointer, integer),
     "int4_linear": (*(pointer,) * 5, integer, integer),
 }
 # What int4_linear takes at a time, whose sums stay in the cache.
@@ -274,6 +274,62 @@ def paged_decode(
     )
     _call("paged_decode", ctypes.byref(step))
     return out
+
+
+class _Prefill(ctypes.Structure):
+    """struct prefill."""
+
+    _fields_ = (
+        *((name, pointer) for name in ("query", "keys", "values", "k_scales", "v_scales")),
+        *((name, pointer) for name in ("block_table", "out", "key_panels", "value_panels")),
+        ("scale", real),
+        *((name, long) for name in ("query_stride", "key_stride")),
+        *((name, integer) for name in ("num_queries", "num_keys", "num_kv_heads", "num_sharing")),
+        *((name, integer) for name in ("head_dim", "block_size", "dtype", "cache_dtype")),
+    )
+
+
+def paged_prefill(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_keys: int,
+    scale: float,
+    out: Tensor,
+    block_table: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    """Causal attention of a sequence's last tokens. Twin: that of torch_attention.torch_prefill.
+
+    Args:
+        query: [num_queries, num_heads, head_dim], a token's heads side by side.
+        keys, values: [num_keys, num_kv_heads, head_dim], likewise and of one stride; with
+            block_table a cache, [num_blocks, block_size, num_kv_heads, head_dim], contiguous, and
+            uint8 if it is FP8.
+        out: [num_queries, num_heads, head_dim], contiguous, is filled.
+        block_table: int32 [at least as many blocks as num_keys take].
+        k_scales, v_scales: of an FP8 cache, uint8 [num_blocks, block_size, num_kv_heads].
+    """
+    num_queries, num_heads, head_dim = query.shape
+    num_kv_heads = keys.size(-2)
+    key_stride, block_size = keys.stride(0), 0
+    if block_table is not None:
+        assert keys.is_contiguous() and values.is_contiguous() and block_table.stride(0) == 1
+        key_stride, block_size = num_kv_heads * head_dim, keys.size(1)
+    for x in (query, keys, values):
+        assert x.stride(-1) == 1 and x.stride(-2) == head_dim
+    assert out.is_contiguous() and keys.stride(0) == values.stride(0)
+    # In whole blocks of 64, and columns of 64.
+    num_padded = num_kv_heads * (num_keys + 63)
+    panels = [
+        torch.empty(num_padded * -(-head_dim // 64) * 64, dtype=torch.float32) for _ in range(2)
+    ]
+    tensors = query, keys, values, k_scales, v_scales, block_table, out, *panels
+    sizes = num_queries, num_keys, num_kv_heads, num_heads // num_kv_heads, head_dim, block_size
+    dtypes = DTYPES[query.dtype], DTYPES[keys.dtype]
+    step = _Prefill(*map(_address, tensors), scale, query.stride(0), key_stride, *sizes, *dtypes)
+    _call("paged_prefill", ctypes.byref(step))
 
 
 class _Int4(ctypes.Structure):
