@@ -5,14 +5,18 @@ import math
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, completions, load_tasks
 from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels import cpu, multiplies_int4, usable_on_cpu
+from nanovllm.kernels import multiplies_int4, usable_on_cpu
+from nanovllm.kernels.cpu import attention, build, fused
+from nanovllm.kernels.cpu.int4 import int4_linear
+from nanovllm.kernels.cpu.sampler import sample as cpu_sample
 from nanovllm.layers import sampler
 from nanovllm.layers.attention import qk_norm_rope_store
 from nanovllm.layers.int4 import Groups, Int4Weight, packed
@@ -22,7 +26,7 @@ from nanovllm.layers.layernorm import rms_norm
 NAN, INF = math.nan, math.inf
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
-needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="no C compiler makes them here")
+needs_kernels = pytest.mark.skipif(build.library() is None, reason="no C compiler makes them here")
 
 
 @pytest.fixture(params=[1, 2])
@@ -60,7 +64,7 @@ def test_rms_norm(size: int, num_tokens: int, dtype: torch.dtype, num_threads: i
     weight = torch.randn(size).to(dtype)
     x = x.to(dtype)
     before = x.clone()
-    out = cpu.rms_norm(x, weight, 1e-6)
+    out = fused.rms_norm(x, weight, 1e-6)
     assert torch.equal(x, before)
     exact = x.double()
     exact = exact / (exact.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight.double()
@@ -73,7 +77,7 @@ def test_rms_norm(size: int, num_tokens: int, dtype: torch.dtype, num_threads: i
 def test_rms_norm_of_rows_of_zeros_and_of_numbers_that_are_none(dtype: torch.dtype) -> None:
     x = torch.zeros(3, 64, dtype=dtype)
     x[1, 7], x[2, 63] = NAN, INF
-    out = cpu.rms_norm(x, torch.ones(64, dtype=dtype), 1e-6)
+    out = fused.rms_norm(x, torch.ones(64, dtype=dtype), 1e-6)
     assert not out[0].any()
     assert out[1].isnan().all()
     assert out[2, 63].isnan()
@@ -125,7 +129,7 @@ def test_qk_norm_rope_store(
     num_tokens: int, head_dim: int, has_norm: bool, dtype: torch.dtype, num_threads: int
 ) -> None:
     layer = Layer(dtype, head_dim, "auto", num_tokens, has_norm)
-    found, expected = layer.run(cpu.qk_norm_rope_store), layer.run(qk_norm_rope_store)
+    found, expected = layer.run(fused.qk_norm_rope_store), layer.run(qk_norm_rope_store)
     for out, twin in zip(found, expected, strict=True):
         assert torch.equal(out.isnan(), twin.isnan())
         assert close(out.nan_to_num(), twin.nan_to_num())
@@ -140,9 +144,9 @@ def test_qk_norm_rope_store(
 @dtypes
 def test_without_a_pool_nothing_is_stored(dtype: torch.dtype) -> None:
     layer = Layer(dtype, 32, "auto", 3, has_norm=True)
-    expected = layer.run(cpu.qk_norm_rope_store)[:3]
+    expected = layer.run(fused.qk_norm_rope_store)[:3]
     layer.caches = [torch.empty(0), torch.empty(0)]
-    for out, with_pool in zip(layer.run(cpu.qk_norm_rope_store), expected, strict=False):
+    for out, with_pool in zip(layer.run(fused.qk_norm_rope_store), expected, strict=False):
         assert torch.equal(out, with_pool)
 
 
@@ -163,7 +167,7 @@ def test_an_fp8_cache_holds_what_the_twin_stores(dtype: torch.dtype) -> None:
     rows[3, -200] = NAN
     rows[4] *= 2.0**-130
     layer.qkv = rows.to(dtype)
-    found, expected = layer.run(cpu.qk_norm_rope_store), layer.run(qk_norm_rope_store)
+    found, expected = layer.run(fused.qk_norm_rope_store), layer.run(qk_norm_rope_store)
     is_nan = found[1].isnan()
     for out, twin in zip(found[:3], expected[:3], strict=True):
         assert torch.equal(out.nan_to_num(7), twin.nan_to_num(7))
@@ -192,13 +196,13 @@ def test_sample(vocab_size: int, dtype: torch.dtype, num_threads: int) -> None:
         thresholds = logits.float().topk(min(9, vocab_size)).values[:, -1]
         rows = logits, temperatures, seeds, positions
         for how in ({}, {"thresholds": thresholds}):
-            assert torch.equal(cpu.sample(*rows, **how), sampler.sample(*rows, **how))
-        keys, expected = (f(*rows, first_id=7000) for f in (cpu.sample, sampler.sample))
+            assert torch.equal(cpu_sample(*rows, **how), sampler.sample(*rows, **how))
+        keys, expected = (f(*rows, first_id=7000) for f in (cpu_sample, sampler.sample))
         assert torch.equal(sampler.ids_of(keys), sampler.ids_of(expected))
         assert torch.equal(keys[:1], expected[:1])  # without noise, the scores are equal
         if vocab_size >= 32:
             logits[:, vocab_size - 3] = NAN
-            assert (cpu.sample(*rows) == vocab_size - 3).all()
+            assert (cpu_sample(*rows) == vocab_size - 3).all()
             assert (sampler.sample(*rows) == vocab_size - 3).all()
 
 
@@ -245,7 +249,7 @@ class Decode:
 
     def run(self) -> Tensor:
         how = self.tables, self.lens, self.scale
-        return cpu.paged_decode(self.query, *self.caches, *how, *self.scales)
+        return attention.paged_decode(self.query, *self.caches, *how, *self.scales)
 
     def exact(self) -> Tensor:
         """float64."""
@@ -263,11 +267,11 @@ class Decode:
         keys, values = self.rows[row]
         if cached:
             how = len(keys), self.scale, out, self.tables[row], *self.scales
-            cpu.paged_prefill(query, *self.caches, *how)
+            attention.paged_prefill(query, *self.caches, *how)
         else:
             both = torch.cat((keys, values), dim=1)  # as in a merged projection
             parts = both.split(keys.size(1), dim=1)
-            cpu.paged_prefill(query, *parts, len(keys), self.scale, out)
+            attention.paged_prefill(query, *parts, len(keys), self.scale, out)
         return out
 
     def exact_prefill(self, row: int, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -400,7 +404,7 @@ def test_a_pool_of_more_than_2_to_the_31_elements() -> None:
     pool[-1], scales[-1] = values, exponents
     keys = dequantize(values, exponents, out=torch.empty(16, 2, 128)).double()
     query = torch.randn(1, 2, 128)
-    out = cpu.paged_decode(
+    out = attention.paged_decode(
         query, pool, pool, int32([[num_blocks - 1]]), int32([16]), 0.1, scales, scales
     )  # fmt: skip
     weights = (torch.einsum("hd,khd->hk", query[0].double(), keys) * 0.1).softmax(dim=-1)
@@ -409,7 +413,7 @@ def test_a_pool_of_more_than_2_to_the_31_elements() -> None:
     qkv = torch.randn(1, 6 * 128)
     flat = torch.cat((torch.ones(1, 64), torch.zeros(1, 64)), dim=1)
     first = torch.zeros(1, dtype=torch.int64)
-    rows = cpu.qk_norm_rope_store(
+    rows = fused.qk_norm_rope_store(
         qkv, None, None, 0.0, flat, first, pool, pool, slot, 2, 2, True, scales, scales
     )  # fmt: skip
     stored = torch.empty(2, 128)
@@ -445,7 +449,7 @@ def test_int4_linear(num_rows: int, size: int, num_tokens: int, num_threads: int
     ):
         out = torch.full((num_tokens + 1, num_rows), 7.0, dtype=torch.bfloat16)
         for to in (None, out[:num_tokens], more.get("residual")):
-            y = cpu.int4_linear(x, *matrix, **more, out=to)
+            y = int4_linear(x, *matrix, **more, out=to)
             assert to is None or y.data_ptr() == to.data_ptr()
             assert ((y.double() - exact).abs() <= exact.abs() / 256 + 1e-5 * size_of_terms).all()
         assert (out[num_tokens] == 7.0).all()
@@ -454,27 +458,30 @@ def test_int4_linear(num_rows: int, size: int, num_tokens: int, num_threads: int
 # --- the engine
 
 
-def generate(model_dir: Path, prompts: list[list[int]], **options: object) -> list[list[int]]:
-    with LLM(str(model_dir), device="cpu", kvcache_block_size=16, **options) as llm:
-        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-        return [out["token_ids"] for out in llm.generate(prompts, params, use_tqdm=False)]
+def answers(**options: Any) -> list[str]:
+    """The trained checkpoint's, to some of each of its tasks."""
+    tasks = load_tasks()
+    samples = [sample for family in tasks.FAMILIES for sample in tasks.held_out(family, 3)]
+    chats = [[{"role": "user", "content": sample.prompt}] for sample in samples]
+    params = SamplingParams(temperature=0, max_tokens=400)
+    with LLM(str(TINY), device="cpu", dtype="float32", max_model_len=1024, **options) as llm:
+        outputs = llm.chat(chats, params, use_tqdm=False)
+    return [output["text"] for output in outputs]
 
 
 @needs_kernels
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-def test_the_engine_gives_the_tokens_that_it_gives_without_them(
+def test_the_engine_answers_as_it_does_without_them(
     kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one checkpoint whose logits are sharp, in float32."""
-    prompts = [list(range(10, 10 + n)) for n in (1, 15, 16, 17, 50, 130)]
-    options = {"dtype": "float32", "kv_cache_dtype": kv_cache_dtype}
+    options = {"kv_cache_dtype": kv_cache_dtype, "kvcache_block_size": 16}
     with LLM(str(TINY), device="cpu", **options) as llm:
         assert llm.model_runner is not None
         assert llm.model_runner.backend == "cpu"
-    found = generate(TINY, prompts, **options)
-    assert generate(TINY, prompts, **options, attention_backend="torch") == found
-    monkeypatch.setattr(cpu, "library", lambda: None)
-    assert generate(TINY, prompts, **options) == found
+    found = answers(**options)
+    assert answers(**options, attention_backend="torch") == found
+    monkeypatch.setattr(build, "library", lambda: None)
+    assert answers(**options) == found
 
 
 # --- machines that cannot have them
@@ -484,7 +491,7 @@ def test_the_engine_gives_the_tokens_that_it_gives_without_them(
 def not_yet_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)
+    monkeypatch.setattr(build, "library", build.library.__wrapped__)
     return tmp_path / "nanovllm"
 
 
@@ -498,13 +505,13 @@ def script(folder: Path, text: str) -> str:
 
 @needs_kernels
 def test_they_are_compiled_once(not_yet_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cpu.library() is not None
+    assert build.library() is not None
     [compiled] = not_yet_compiled.iterdir()  # and nothing else is left there
     before = compiled.stat().st_mtime_ns
-    assert cpu.library() is not None
+    assert build.library() is not None
     assert compiled.stat().st_mtime_ns == before
-    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-DCHANGED"))
-    assert cpu.library() is not None
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DCHANGED"))
+    assert build.library() is not None
     assert len(list(not_yet_compiled.iterdir())) == 2
 
 
@@ -516,7 +523,7 @@ def test_where_they_cannot_be_compiled_the_twins_run(
     caplog.set_level(logging.INFO, logger="nanovllm")
     monkeypatch.delenv("CC", raising=False)
     if fault == "none":
-        monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
+        monkeypatch.setattr(build.shutil, "which", lambda name: None)
     elif fault == "fails":
         monkeypatch.setenv("CC", script(tmp_path, "echo cannot do that >&2; exit 3"))
     elif fault == "missing":
@@ -526,14 +533,16 @@ def test_where_they_cannot_be_compiled_the_twins_run(
     elif fault == "garbage":
         monkeypatch.setenv("CC", script(tmp_path, 'for last; do :; done; echo garbage > "$last"'))
     else:
-        monkeypatch.setattr(cpu.sys, "platform", "plan9")
-    assert cpu.library() is None
-    [message] = [record.getMessage() for record in caplog.records]
+        monkeypatch.setattr(build.sys, "platform", "plan9")
+    assert build.library() is None
+    message = caplog.records[-1].getMessage()
     assert message.startswith("plain PyTorch on the CPU, without kernels in C: ")
+    assert fault == "folder" or not list(not_yet_compiled.glob("*"))
     said = {"none": "no C compiler", "fails": "cannot do that", "system": "plan9"}
     assert said.get(fault, "") in message
     assert not usable_on_cpu(torch.device("cpu"), 64)
-    assert len(generate(tiny_model, [[1, 2, 3]], max_model_len=64)[0]) == 40
+    with LLM(str(tiny_model), device="cpu", max_model_len=64) as llm:
+        assert len(completions(llm, [[1, 2, 3]], max_tokens=40)[0]) == 40
     with pytest.raises(ValueError, match="attention_backend='cpu' cannot be used"):
         LLM(str(tiny_model), device="cpu", attention_backend="cpu")
 
@@ -541,4 +550,4 @@ def test_where_they_cannot_be_compiled_the_twins_run(
 def test_rows_of_other_sizes_are_left_to_the_twins() -> None:
     assert not usable_on_cpu(torch.device("cpu"), 48)
     assert not usable_on_cpu(torch.device("meta"), 64)
-    assert usable_on_cpu(torch.device("cpu"), 64) == (cpu.library() is not None)
+    assert usable_on_cpu(torch.device("cpu"), 64) == (build.library() is not None)

@@ -13,7 +13,8 @@ from scipy import stats
 from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels import cpu
+from nanovllm.kernels.cpu import build
+from nanovllm.kernels.cpu.sampler import sample as cpu_sample
 from nanovllm.layers import sampler
 
 NUM_DRAWS = 20_000
@@ -30,9 +31,9 @@ def sample(logits: Tensor, temperatures: Tensor) -> Tensor:
 def which_sampler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`sample` is PyTorch's, or the kernel in C."""
     if request.param == "cpu":
-        if cpu.library() is None:
+        if build.library() is None:
             pytest.skip("no C compiler makes the kernels here")
-        monkeypatch.setattr(sampler, "sample", cpu.sample)
+        monkeypatch.setattr(sampler, "sample", cpu_sample)
 
 
 each_sampler = pytest.mark.usefixtures("which_sampler")

@@ -1,4 +1,4 @@
-"""Kernels in Triton, and two for Hopper in Gluon, its lower level; for a CPU, in C (see cpu.py).
+"""Kernels in Triton, and two for Hopper in Gluon, its lower level; in cpu/ in C, for a CPU.
 
 Each names its PyTorch twin, or twins, in nanovllm/layers.
 
@@ -39,16 +39,16 @@ def usable_on_cpu(device: torch.device, row_size: int) -> bool:
     """True if the kernels in C run on a device, for rows of so many elements."""
     if device.type != "cpu":
         return False
-    from nanovllm.kernels import cpu
+    from nanovllm.kernels.cpu import build
 
-    return row_size % cpu.ROW_STEP == 0 and cpu.library() is not None
+    return row_size % build.ROW_STEP == 0 and build.library() is not None
 
 
 def multiplies_int4(device: torch.device) -> bool:
     """True if the kernel for int4 weights runs on a device."""
     if not usable_on_cpu(device, 0):
         return False
-    from nanovllm.kernels.cpu import has_int4
+    from nanovllm.kernels.cpu.int4 import has_int4
 
     return has_int4()
 
@@ -59,10 +59,10 @@ def kernel_of(twin: T, module: str, device: torch.device, row_size: int | None =
     Args:
         twin: a function of nanovllm.layers; the kernel's launcher has its name and signature.
         module: of nanovllm.kernels, in which the launcher is.
-        row_size: of a function that module `cpu` has as well, elements of its rows; 0: any number.
+        row_size: of a function that cpu/ has as well, elements of its rows; 0: any number.
     """
     if row_size is not None and usable_on_cpu(device, row_size):
-        module = "cpu"
+        module = f"cpu.{module}"
     elif not usable(device):
         return twin
     kernel: T = getattr(import_module(f"{__name__}.{module}"), twin.__name__)  # type: ignore[attr-defined]

@@ -6,8 +6,8 @@ from nanovllm.layers.torch_attention import AttentionInputs
 
 
 def cpu_prefill(inputs: AttentionInputs) -> Tensor:
-    """Prefill with the kernel of nanovllm.kernels.cpu, sequence by sequence."""
-    from nanovllm.kernels.cpu import paged_prefill
+    """Prefill with the kernel of nanovllm.kernels.cpu.attention, sequence by sequence."""
+    from nanovllm.kernels.cpu.attention import paged_prefill
 
     query, key, value, k_cache, v_cache, scale, context, k_scales, v_scales = inputs
     out = query.new_empty(query.shape)
@@ -26,8 +26,8 @@ def cpu_prefill(inputs: AttentionInputs) -> Tensor:
 
 
 def cpu_decode(inputs: AttentionInputs) -> Tensor:
-    """Decode with the kernel of nanovllm.kernels.cpu."""
-    from nanovllm.kernels.cpu import paged_decode
+    """Decode with the kernel of nanovllm.kernels.cpu.attention."""
+    from nanovllm.kernels.cpu.attention import paged_decode
 
     query, _, _, k_cache, v_cache, scale, context, k_scales, v_scales = inputs
     tables, lens = context.block_tables, context.context_lens

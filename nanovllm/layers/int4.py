@@ -121,7 +121,7 @@ class Int4Weight:
     def linear(self, x: Tensor) -> Tensor:
         """x @ weight.T: [num_tokens, input_size] -> [num_tokens, num_rows]."""
         if self.has_kernel:
-            from nanovllm.kernels.cpu import int4_linear
+            from nanovllm.kernels.cpu.int4 import int4_linear
 
             return int4_linear(x.contiguous(), self.values, self.scales, self.num_rows)
         return self.few(x) if x.size(0) <= self.most_few else self.many(x)
@@ -290,7 +290,7 @@ def _codes(grouped: Tensor, scales: Tensor) -> Tensor:
 
 def int4_kernel(inputs: LinearInputs, weight: Int4Weight) -> Tensor:
     """The kernel in C, bias and sum within it."""
-    from nanovllm.kernels.cpu import int4_linear
+    from nanovllm.kernels.cpu.int4 import int4_linear
 
     x, matrix = inputs.normed().contiguous(), (weight.values, weight.scales, weight.num_rows)
     out = inputs.residual if inputs.out is None else inputs.out

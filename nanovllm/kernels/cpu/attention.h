@@ -1,0 +1,21 @@
+#pragma once
+
+#include "numbers.h"
+
+/* The first n of `size` scores become weights relative to the peak so far, the others 0.
+
+Returns what sums of weights relative to the peak before are multiplied by. */
+INLINE float weigh(float *scores, int n, int size, float *peak, float *total) {
+    float before = *peak;
+    for (int i = 0; i < n; i++) *peak = scores[i] > *peak ? scores[i] : *peak;
+    for (int i = n; i < size; i++) scores[i] = -INFINITY;
+    floats sums = {};
+    for (int i = 0; i < size; i += LANES) {
+        floats weight = exp_of(load(scores, i, FLOAT32) - *peak);
+        store(scores, i, weight, FLOAT32);
+        sums += weight;
+    }
+    float rescale = exp_of((floats){} + (before - *peak))[0];
+    *total = *total * rescale + sum(sums);
+    return rescale;
+}

@@ -1,0 +1,115 @@
+"""Kernels in C, compiled once for the processor at hand by the machine's C compiler.
+
+Where there is no compiler, or it cannot do this, there are none, and the PyTorch twins run.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("nanovllm")
+
+FOLDER = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fopenmp", "-fPIC")
+# Rows have a multiple of so many elements: halves of a head, in vectors.
+ROW_STEP = 32
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+
+
+def fields(pointer: str = "", long: str = "", real: str = "", integer: str = "") -> list[Any]:
+    """Of a struct whose members stand in this order: names of pointers, int64s, floats, ints."""
+    types = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    groups = pointer, long, real, integer
+    return [(n, kind) for kind, names in zip(types, groups, strict=True) for n in names.split()]
+
+
+def call(kernel: str, kind: type[ctypes.Structure], *members: Any) -> None:
+    """Run a kernel, on as many threads as torch uses.
+
+    Args:
+        kind: what it is handed a pointer to. members: of that, in order; a tensor as its address.
+    """
+    found = library()
+    assert found is not None
+    what = kind(*(x.data_ptr() if isinstance(x, Tensor) else x for x in members))
+    getattr(found, kernel)(ctypes.byref(what), ctypes.c_int(torch.get_num_threads()))
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where there are none, and the log says why."""
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.info(f"plain PyTorch on the CPU, without kernels in C: {error}")
+        return None
+
+
+def _compiled() -> Path:
+    """The shared library of these sources and this processor, made if there is none yet.
+
+    Raises:
+        RuntimeError, OSError, subprocess.SubprocessError: it cannot be made.
+    """
+    if sys.platform != "linux":
+        raise RuntimeError(f"not on {sys.platform}")
+    compiler = shlex.split(os.environ.get("CC", "")) or [_first_compiler()]
+    openmp = re.search(r"/\S*lib[gi]omp\S*\.so\S*", Path("/proc/self/maps").read_text())
+    if openmp is None:
+        raise RuntimeError("torch has loaded no OpenMP that GCC's is compatible with")
+    sources = {path.name: path.read_text() for path in sorted(FOLDER.glob("*.[ch]"))}
+    what = sources, FLAGS, compiler, openmp[0], _processor()
+    name = f"cpu-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
+    if (folder / name).exists():
+        return folder / name
+    logger.info("Compiling the kernels for this CPU, once")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        files = {FOLDER / name: f"{scratch}/{name}.o" for name in sources if name.endswith(".c")}
+        _run(*([*compiler, *FLAGS, "-c", str(c), "-o", o] for c, o in files.items()))
+        linked = Path(scratch, "linked.so")
+        # With torch's own OpenMP: another's threads would contend with torch's.
+        _run([*compiler, "-shared", *files.values(), openmp[0], "-lm", "-o", str(linked)])
+        ctypes.CDLL(str(linked))  # no one is to find what cannot be loaded
+        return linked.replace(folder / name)  # whole at once, whoever else makes it
+
+
+def _first_compiler() -> str:
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return found
+    raise RuntimeError("no C compiler is installed (CC, cc, gcc, clang)")
+
+
+def _processor() -> list[str]:
+    """What decides which instructions there are."""
+    text = Path("/proc/cpuinfo").read_text()
+    first = re.findall(r"^(?:flags|Features|model name)\s*:.*", text, re.M)[:2]
+    return [platform.machine(), *first]
+
+
+def _run(*commands: list[str]) -> None:
+    """All at once."""
+    running = [
+        subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for c in commands
+    ]
+    for process, command in zip(running, commands, strict=True):
+        _, errors = process.communicate(timeout=120)
+        if process.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed: {errors[:400]}")
