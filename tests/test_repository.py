@@ -187,6 +187,7 @@ def test_wheel_holds_the_whole_package(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     assert f"nanovllm-{nanovllm.__version__}-" in wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "nanovllm").rglob("*.py")}
+    package = (ROOT / "nanovllm").rglob("*.*")
+    sources = {str(p.relative_to(ROOT)) for p in package if p.suffix in (".py", ".c", ".h")}
     assert sources | {"nanovllm/py.typed"} <= names
     assert not any(name.startswith(("tests/", "assets/")) for name in names)
