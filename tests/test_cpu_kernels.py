@@ -83,6 +83,14 @@ def test_rms_norm_of_rows_of_zeros_and_of_numbers_that_are_none(dtype: torch.dty
     assert out[2, 63].isnan()
 
 
+@needs_kernels
+def test_tensors_of_another_device_are_refused() -> None:
+    """Their addresses are no memory of this process."""
+    x = torch.empty(3, 64, device="meta")
+    with pytest.raises(AssertionError):
+        fused.rms_norm(x, x[0], 1e-6)
+
+
 class Layer:
     """Arguments of qk_norm_rope_store: one token more than slots, which are NaN where nothing lies.
 

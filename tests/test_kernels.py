@@ -1549,7 +1549,7 @@ def test_a_layer_fills_out_and_adds_to_its_residual_once(
     num_tokens: int, bias: bool, dtype: torch.dtype
 ) -> None:
     """Whichever way it takes for so many tokens."""
-    layer = Linear(96, 40, bias=bias).to(DEVICE, dtype)
+    layer = Linear(96, 40, bias=bias, device=DEVICE, dtype=dtype)
     small = partial(small_batch, counters=small_linear_counters(40, DEVICE))
     layer.products = {2: few_tokens, 64: small, math.inf: plain}
     for parameter in layer.parameters():
@@ -1560,7 +1560,7 @@ def test_a_layer_fills_out_and_adds_to_its_residual_once(
         out = torch.full_like(residual, math.nan)
         assert layer(x, out=out) is out
         assert close(out, exact)
-    norm = RMSNorm(96, EPS).to(DEVICE, dtype)
+    norm = RMSNorm(96, EPS, device=DEVICE, dtype=dtype)
     norm.weight.data.uniform_(0.5, 1.5)
     assert close(layer(rms_norm(x, norm.weight, EPS)), layer(x, norm=norm))
     expected = residual.double() + exact

@@ -45,8 +45,15 @@ def call(kernel: str, kind: type[ctypes.Structure], *members: Any) -> None:
     """
     found = library()
     assert found is not None
-    what = kind(*(x.data_ptr() if isinstance(x, Tensor) else x for x in members))
+    what = kind(*map(_value, members))
     getattr(found, kernel)(ctypes.byref(what), ctypes.c_int(torch.get_num_threads()))
+
+
+def _value(member: Any) -> Any:
+    if not isinstance(member, Tensor):
+        return member
+    assert member.is_cpu
+    return member.data_ptr()
 
 
 @cache
