@@ -208,8 +208,12 @@ def test_sample(vocab_size: int, dtype: torch.dtype, num_threads: int) -> None:
         keys, expected = (f(*rows, first_id=7000) for f in (cpu_sample, sampler.sample))
         assert torch.equal(sampler.ids_of(keys), sampler.ids_of(expected))
         assert torch.equal(keys[:1], expected[:1])  # without noise, the scores are equal
+        assert cpu_sample(*(x[:0] for x in rows)).shape == (0,)
         if vocab_size >= 32:
             logits[:, vocab_size - 3] = NAN
+            greedy = [x[:1] for x in rows]
+            kept = torch.tensor([-INF])
+            assert cpu_sample(*greedy, thresholds=kept) == vocab_size - 3
             assert (cpu_sample(*rows) == vocab_size - 3).all()
             assert (sampler.sample(*rows) == vocab_size - 3).all()
 
@@ -523,7 +527,35 @@ def test_they_are_compiled_once(not_yet_compiled: Path, monkeypatch: pytest.Monk
     assert len(list(not_yet_compiled.iterdir())) == 2
 
 
-@pytest.mark.parametrize("fault", ["none", "fails", "missing", "folder", "garbage", "system"])
+@needs_kernels
+@pytest.mark.parametrize("size", [0, 3000])
+def test_what_cannot_be_loaded_is_compiled_anew(size: int, not_yet_compiled: Path) -> None:
+    assert build.library() is not None
+    [compiled] = not_yet_compiled.iterdir()
+    whole = compiled.read_bytes()
+    compiled.unlink()  # it is mapped, and stays so
+    compiled.write_bytes(whole[:size] if size == 0 else b"no library".ljust(size))
+    assert build.library() is not None
+    assert compiled.stat().st_size > size
+
+
+def test_torchs_openmp_is_taken_whatever_its_path() -> None:
+    own = Path(torch.__file__).parent / "lib/libgomp.so.1"
+    line = "7f00-7f01 r--p 00000000 08:01 42                 {}\n"
+    others = (
+        line.format("/a b/libgomp-1.so.1"),
+        line.format("/a/libgomp.txt"),
+        "7f-80 rw-p 0 0:0 0\n",
+    )
+    assert build._openmp("".join((*others, line.format(own)))) == str(own)
+    assert build._openmp("".join(others)) == "/a b/libgomp-1.so.1"
+    with pytest.raises(RuntimeError, match="no OpenMP"):
+        build._openmp("".join(others[1:]))
+
+
+@pytest.mark.parametrize(
+    "fault", ["none", "fails", "bytes", "quote", "missing", "folder", "garbage", "system"]
+)
 def test_where_they_cannot_be_compiled_the_twins_run(
     fault: str, not_yet_compiled: Path, tmp_path: Path, tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
@@ -534,6 +566,10 @@ def test_where_they_cannot_be_compiled_the_twins_run(
         monkeypatch.setattr(build.shutil, "which", lambda name: None)
     elif fault == "fails":
         monkeypatch.setenv("CC", script(tmp_path, "echo cannot do that >&2; exit 3"))
+    elif fault == "bytes":
+        monkeypatch.setenv("CC", script(tmp_path, r"printf '\377\376 cannot do that' >&2; exit 1"))
+    elif fault == "quote":
+        monkeypatch.setenv("CC", 'gcc "')
     elif fault == "missing":
         monkeypatch.setenv("CC", str(tmp_path / "nothing"))
     elif fault == "folder":
@@ -546,7 +582,9 @@ def test_where_they_cannot_be_compiled_the_twins_run(
     message = caplog.records[-1].getMessage()
     assert message.startswith("plain PyTorch on the CPU, without kernels in C: ")
     assert fault == "folder" or not list(not_yet_compiled.glob("*"))
-    said = {"none": "no C compiler", "fails": "cannot do that", "system": "plan9"}
+    said = {"none": "no C compiler", "system": "plan9"} | dict.fromkeys(
+        ("fails", "bytes"), "cannot do that"
+    )
     assert said.get(fault, "") in message
     assert not usable_on_cpu(torch.device("cpu"), 64)
     with LLM(str(tiny_model), device="cpu", max_model_len=64) as llm:

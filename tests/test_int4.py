@@ -26,6 +26,7 @@ from nanovllm import LLM, SamplingParams, kernels
 from nanovllm.config import Config
 from nanovllm.layers import int4
 from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.attention import qk_norm_rope_store
 from nanovllm.layers.int4 import Groups, Int4Weight, packed
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GatedLinear, Linear, RowParallelLinear
@@ -236,6 +237,22 @@ def test_without_bfloat16_instructions_many_tokens_are_multiplied_in_float32(
     assert y.dtype == torch.bfloat16
     # Rounded once: the numbers of the weight were not.
     assert y.double().sub(exact).abs().le(exact.abs() / 256 + 1e-4).all()
+
+
+@pytest.mark.parametrize("num_rows", [160, 96])
+def test_a_projection_whose_rows_are_padded_can_be_attended_to(
+    num_rows: int, has_kernel: bool
+) -> None:
+    """An odd number of heads of 32: what the product gives is a part of wider rows, or not."""
+    num_heads = num_rows // 32 - 2
+    qkv = layer_of(Linear, randn(num_rows, 64).bfloat16())(randn(3, 64, seed=1).bfloat16())
+    cos_sin, positions, empty = randn(9, 32), torch.arange(3), torch.empty(0)
+    store = kernels.kernel_of(qk_norm_rope_store, "fused", torch.device("cpu"), 32)
+    how = None, None, 0.0, cos_sin, positions, empty, empty, positions.int(), num_heads, 1
+    expected = qk_norm_rope_store(qkv.clone(), *how)
+    found = store(qkv, *how)
+    for out, twin in zip(found, expected, strict=True):
+        assert relative_error(out, twin.double()) < TOLERANCE[torch.bfloat16]
 
 
 def test_a_layer_can_be_filled_again() -> None:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,40 +61,53 @@ def _value(member: Any) -> Any:
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where there are none, and the log says why."""
     try:
-        return ctypes.CDLL(str(_compiled()))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return _compiled()
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         logger.info(f"plain PyTorch on the CPU, without kernels in C: {error}")
         return None
 
 
-def _compiled() -> Path:
+def _compiled() -> ctypes.CDLL:
     """The shared library of these sources and this processor, made if there is none yet.
 
     Raises:
-        RuntimeError, OSError, subprocess.SubprocessError: it cannot be made.
+        RuntimeError, OSError, ValueError, subprocess.SubprocessError: it cannot be made.
     """
     if sys.platform != "linux":
         raise RuntimeError(f"not on {sys.platform}")
     compiler = shlex.split(os.environ.get("CC", "")) or [_first_compiler()]
-    openmp = re.search(r"/\S*lib[gi]omp\S*\.so\S*", Path("/proc/self/maps").read_text())
-    if openmp is None:
-        raise RuntimeError("torch has loaded no OpenMP that GCC's is compatible with")
+    openmp = _openmp(Path("/proc/self/maps").read_text(errors="replace"))
     sources = {path.name: path.read_text() for path in sorted(FOLDER.glob("*.[ch]"))}
-    what = sources, FLAGS, compiler, openmp[0], _processor()
+    what = sources, FLAGS, compiler, openmp, _processor()
     name = f"cpu-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
     if (folder / name).exists():
-        return folder / name
+        with suppress(OSError):  # what cannot be loaded is made anew
+            return ctypes.CDLL(str(folder / name))
     logger.info("Compiling the kernels for this CPU, once")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         files = {FOLDER / name: f"{scratch}/{name}.o" for name in sources if name.endswith(".c")}
         _run(*([*compiler, *FLAGS, "-c", str(c), "-o", o] for c, o in files.items()))
-        linked = Path(scratch, "linked.so")
+        linked = Path(scratch, name)
         # With torch's own OpenMP: another's threads would contend with torch's.
-        _run([*compiler, "-shared", *files.values(), openmp[0], "-lm", "-o", str(linked)])
-        ctypes.CDLL(str(linked))  # no one is to find what cannot be loaded
-        return linked.replace(folder / name)  # whole at once, whoever else makes it
+        _run([*compiler, "-shared", *files.values(), openmp, "-lm", "-o", str(linked)])
+        found = ctypes.CDLL(str(linked))
+        with linked.open("rb") as file:
+            os.fsync(file.fileno())
+        linked.replace(folder / name)  # whole at once, whoever else makes it
+        return found
+
+
+def _openmp(maps: str) -> str:
+    """The OpenMP that GCC's is compatible with and torch has loaded, by a process's maps."""
+    mapped = (Path(line.split(maxsplit=5)[-1]) for line in maps.splitlines())
+    found = [path for path in mapped if re.match(r"lib[gi]omp.*\.so", path.name)]
+    own = Path(torch.__file__).parent
+    found.sort(key=lambda path: own not in path.parents and path.parent.name != "torch.libs")
+    if not found:
+        raise RuntimeError("torch has loaded no OpenMP that GCC's is compatible with")
+    return str(found[0])
 
 
 def _first_compiler() -> str:
@@ -113,10 +127,11 @@ def _processor() -> list[str]:
 def _run(*commands: list[str]) -> None:
     """All at once."""
     running = [
-        subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for c in commands
+        subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for c in commands
     ]
     for process, command in zip(running, commands, strict=True):
         _, errors = process.communicate(timeout=120)
         if process.returncode:
-            raise RuntimeError(f"{shlex.join(command)} failed: {errors[:400]}")
+            raise RuntimeError(
+                f"{shlex.join(command)} failed: {errors.decode(errors='replace')[:400]}"
+            )

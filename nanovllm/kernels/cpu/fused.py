@@ -19,10 +19,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Twin: nanovllm.layers.layernorm.rms_norm.
 
     Args:
-        x: [..., size], contiguous.
+        x: [..., size].
         weight: [size], in x's dtype.
     """
-    assert x.is_contiguous() and weight.is_contiguous() and weight.dtype == x.dtype
+    assert weight.is_contiguous() and weight.dtype == x.dtype
+    x = x.contiguous()
     out = torch.empty_like(x)
     size = x.size(-1)
     call("rms_norm", _Norm, x, weight, out, x.numel() // size, eps, size, DTYPES[x.dtype])
@@ -57,8 +58,8 @@ def qk_norm_rope_store(
     """Twin: nanovllm.layers.attention.qk_norm_rope_store.
 
     Args:
-        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; is overwritten
-            with what is returned.
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], is overwritten with what is
+            returned, if it is contiguous.
         cos_sin: float32 [max_positions, head_dim]. positions: int64 [num_tokens].
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], contiguous, or empty;
             of an FP8 cache uint8.
@@ -66,7 +67,8 @@ def qk_norm_rope_store(
         k_scales, v_scales: of an FP8 cache, uint8 [num_blocks, block_size, num_kv_heads].
     """
     caches = k_cache, v_cache, slot_mapping, k_scales, v_scales
-    tensors = qkv, cos_sin, positions, *caches
+    qkv = qkv.contiguous()
+    tensors = cos_sin, positions, *caches
     assert all(x.is_contiguous() for x in tensors if x is not None)
     assert (cos_sin.dtype, positions.dtype) == (torch.float32, torch.int64)
     assert slot_mapping.dtype == torch.int32

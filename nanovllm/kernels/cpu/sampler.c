@@ -60,7 +60,7 @@ INLINE struct best best_of(
         floats score = where((ints)(logit == logit), logit, (floats){} + INFINITY);
         if (temperature > 0)
             score = score / divisor + factor * gumbel(tokens + (uint32_t)first_id, key);
-        if (step->thresholds) {
+        if (step->thresholds && temperature > 0) {
             ints is_kept = (ints)(logit >= step->thresholds[row]);
             score = where(is_kept, score, (floats){} - INFINITY);
         }
@@ -77,6 +77,7 @@ INLINE struct best best_of(
 /* Of few rows, several threads take parts of one. */
 void sample(const struct sample *step, int num_threads) {
     int num_rows = step->num_rows, vocab_size = step->vocab_size, num_parts = 1;
+    if (num_rows == 0) return;
     while (num_rows * num_parts < 4 * num_threads && vocab_size / num_parts >= MANY) num_parts *= 2;
     int size = (vocab_size / num_parts + LANES) / LANES * LANES;
     struct best found[num_rows * num_parts];
