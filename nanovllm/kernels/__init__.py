@@ -61,9 +61,9 @@ def kernel_of(twin: T, module: str, device: torch.device, row_size: int | None =
         module: of nanovllm.kernels, in which the launcher is.
         row_size: of a function that cpu/ has as well, elements of its rows; 0: any number.
     """
-    if row_size is not None and usable_on_cpu(device, row_size):
+    if not usable(device):
+        if row_size is None or not usable_on_cpu(device, row_size):
+            return twin
         module = f"cpu.{module}"
-    elif not usable(device):
-        return twin
     kernel: T = getattr(import_module(f"{__name__}.{module}"), twin.__name__)  # type: ignore[attr-defined]
     return kernel
