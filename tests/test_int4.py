@@ -162,14 +162,15 @@ def test_parts_of_ranks_are_quantised_as_the_whole(size: int, num_ranks: int) ->
 # --- products
 
 
-@pytest.fixture(params=["kernel", "torch"])
+@pytest.fixture(params=["kernel", "amx", "torch"])
 def has_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether there is the kernel in C, which layers of bfloat16 then have."""
+    """Whether there is the kernel in C, which layers of bfloat16 then have; for few tokens only."""
+    monkeypatch.setattr(int4, "has_matrix_unit", lambda: request.param == "amx")
     if request.param == "torch":
         monkeypatch.setattr(kernels, "multiplies_int4", lambda _: False)
     elif not kernels.multiplies_int4(torch.device("cpu")):
         pytest.skip("no kernel for int4 on this machine")
-    return bool(request.param == "kernel")
+    return bool(request.param != "torch")
 
 
 @dtypes
@@ -179,10 +180,15 @@ def test_products_are_those_of_the_dequantised_weight(
 ) -> None:
     """Around the number of tokens from which on the weight is dequantised, and for none."""
     layer = layer_of(Linear, randn(num_rows, size).to(dtype))
-    changes = dtype == torch.bfloat16 and not has_kernel
-    assert list(layer.products) == [int4.MOST_FEW] * changes + [float("inf")]
+    border = int4.MOST_KERNEL_WITH_AMX if int4.has_matrix_unit() else float("inf")
+    border = border if has_kernel else int4.MOST_FEW
+    assert set(layer.products) == {
+        border if dtype == torch.bfloat16 else float("inf"),
+        float("inf"),
+    }
     exact_weight = levels(randn(num_rows, size).to(dtype), layer.int4.size).double()
-    for num_tokens in (0, 1, 2, 3, 4, 5, 17, int4.MOST_FEW, int4.MOST_FEW + 1, 130):
+    few, many = int4.MOST_FEW, int4.MOST_KERNEL_WITH_AMX
+    for num_tokens in (0, 1, 2, 3, 4, 5, 17, few, few + 1, 130, many, many + 1):
         x = randn(num_tokens, size, seed=num_tokens).to(dtype)
         y = layer(x)
         assert y.dtype == dtype

@@ -75,6 +75,12 @@ def multiplies_bfloat16() -> bool:
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def has_matrix_unit() -> bool:
+    """True if this processor multiplies whole tiles of bfloat16 (AMX), and torch says so."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("amx_bf16", False))
+
+
 @contextmanager
 def own_modes(device: torch.device, inference: bool) -> Iterator[None]:
     """Within, launches go to this device, whatever modes of torch the caller is in.
