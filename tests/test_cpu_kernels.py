@@ -299,16 +299,17 @@ class Decode:
         return exact, terms
 
 
+shapes = pytest.mark.parametrize(
+    ("num_kv_heads", "num_sharing", "head_dim", "block_size"),
+    [(2, 1, 32, 1), (8, 2, 64, 16), (3, 3, 96, 33), (1, 7, 128, 256), (4, 8, 256, 16)],
+)
 LENS = [1, 15, 16, 17, 31, 32, 33, 64, 65, 300]
 
 
 @needs_kernels
 @dtypes
 @pytest.mark.parametrize("fp8", [False, True], ids=["auto", "fp8"])
-@pytest.mark.parametrize(
-    ("num_kv_heads", "num_sharing", "head_dim", "block_size"),
-    [(2, 1, 32, 1), (8, 2, 64, 16), (3, 3, 96, 33), (1, 7, 128, 256), (4, 8, 256, 16)],
-)
+@shapes
 def test_decode(
     num_kv_heads: int, num_sharing: int, head_dim: int, block_size: int, fp8: bool,
     dtype: torch.dtype, num_threads: int,
@@ -323,10 +324,7 @@ def test_decode(
 @needs_kernels
 @dtypes
 @pytest.mark.parametrize("fp8", [False, True], ids=["auto", "fp8"])
-@pytest.mark.parametrize(
-    ("num_kv_heads", "num_sharing", "head_dim", "block_size"),
-    [(2, 1, 32, 1), (8, 2, 64, 16), (3, 3, 96, 33), (1, 7, 128, 256), (2, 8, 256, 16)],
-)
+@shapes
 def test_prefill(
     num_kv_heads: int, num_sharing: int, head_dim: int, block_size: int, fp8: bool,
     dtype: torch.dtype, num_threads: int,

@@ -124,10 +124,21 @@ class Int4Weight:
     def linear(self, x: Tensor) -> Tensor:
         """x @ weight.T: [num_tokens, input_size] -> [num_tokens, num_rows]."""
         if x.size(0) <= self.most_kernel:
-            from nanovllm.kernels.cpu.int4 import int4_linear
-
-            return int4_linear(x.contiguous(), self.values, self.scales, self.num_rows)
+            return self.by_kernel(x)
         return self.few(x) if x.size(0) <= self.most_few else self.many(x)
+
+    def by_kernel(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """residual + (`linear` + bias) by the kernel in C, rounded once; to `out`, if given."""
+        from nanovllm.kernels.cpu.int4 import int4_linear
+
+        matrix = self.values, self.scales, self.num_rows
+        return int4_linear(x.contiguous(), *matrix, bias, residual, out)
 
     def few(self, x: Tensor) -> Tensor:
         """`linear` by the operator, bfloat16; it dequantises anew for every four tokens."""
@@ -293,11 +304,8 @@ def _codes(grouped: Tensor, scales: Tensor) -> Tensor:
 
 def int4_kernel(inputs: LinearInputs, weight: Int4Weight) -> Tensor:
     """The kernel in C, bias and sum within it."""
-    from nanovllm.kernels.cpu.int4 import int4_linear
-
-    x, matrix = inputs.normed().contiguous(), (weight.values, weight.scales, weight.num_rows)
     out = inputs.residual if inputs.out is None else inputs.out
-    y = int4_linear(x, *matrix, inputs.bias, inputs.residual, out)
+    y = weight.by_kernel(inputs.normed(), inputs.bias, inputs.residual, out)
     return y if inputs.act is None else inputs.act(y)
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -67,18 +68,23 @@ def uses_onednn() -> bool:
 
 def multiplies_bfloat16() -> bool:
     """True if this processor has instructions for products in bfloat16, and torch uses them."""
-    if not (hasattr(torch.cpu, "get_capabilities") and uses_onednn()):
+    if not uses_onednn():
         return False
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # it can be told to use older instructions
         return False
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return _has_any("avx512_bf16", "amx_bf16", "bf16")
 
 
+@cache
 def has_matrix_unit() -> bool:
     """True if this processor multiplies whole tiles of bfloat16 (AMX), and torch says so."""
+    return _has_any("amx_bf16")
+
+
+def _has_any(*names: str) -> bool:
+    """True if this processor has one of these, as torch calls them."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(found.get("amx_bf16", False))
+    return any(found.get(name, False) for name in names)
 
 
 @contextmanager

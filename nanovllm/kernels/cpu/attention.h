@@ -2,6 +2,12 @@
 
 #include "numbers.h"
 
+/* Where a sequence's position lies in a cache. */
+INLINE int64_t slot_of(const int32_t *block_table, int position, int block_size) {
+    int64_t block = block_table[position / block_size];
+    return block * block_size + position % block_size;
+}
+
 /* The first n of `size` scores become weights relative to the peak so far, the others 0.
 
 Returns what sums of weights relative to the peak before are multiplied by. */

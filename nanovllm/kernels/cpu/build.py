@@ -125,13 +125,21 @@ def _processor() -> list[str]:
 
 
 def _run(*commands: list[str]) -> None:
-    """All at once."""
+    """All at once; none is left running.
+
+    Raises:
+        RuntimeError, OSError, subprocess.SubprocessError: one cannot be run, or fails.
+    """
     running = [
         subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for c in commands
     ]
-    for process, command in zip(running, commands, strict=True):
-        _, errors = process.communicate(timeout=120)
-        if process.returncode:
-            raise RuntimeError(
-                f"{shlex.join(command)} failed: {errors.decode(errors='replace')[:400]}"
-            )
+    try:
+        for process, command in zip(running, commands, strict=True):
+            _, errors = process.communicate(timeout=120)
+            if process.returncode:
+                said = errors.decode(errors="replace")[:400]
+                raise RuntimeError(f"{shlex.join(command)} failed: {said}")
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()

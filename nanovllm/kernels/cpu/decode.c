@@ -117,11 +117,8 @@ INLINE void attend(
         struct tile tile = {.num_keys = len - start < TILE ? len - start : TILE};
         int64_t slots[TILE];
         float key_factors[TILE], value_factors[TILE];
-        for (int i = 0; i < tile.num_keys; i++) {
-            int position = start + i;
-            int64_t block = table[position / step->block_size];
-            slots[i] = block * step->block_size + position % step->block_size;
-        }
+        for (int i = 0; i < tile.num_keys; i++)
+            slots[i] = slot_of(table, start + i, step->block_size);
         for (int i = tile.num_keys; i % ABREAST; i++) slots[i] = slots[0];
         if (start + TILE < len) tile.ahead = TILE * stride * size_of(dtype);
         for (int head = 0; head < num_heads; head++) {

@@ -156,8 +156,7 @@ void int4_linear(const struct int4_linear *step, int num_threads) {
         memset(sums, 0, sizeof sums);
         for (int group = 0; group < num_groups; group++) {
             int64_t input = (int64_t)group * size;
-            const uint8_t *codes = step->values + ((int64_t)block * num_inputs + input) * 32;
-            panel.codes = codes;
+            panel.codes = step->values + ((int64_t)block * num_inputs + input) * 32;
             for (int v = 0; v < 4; v++) {
                 panel.scales[v] = scales_of(step, group, block * 64 + 16 * v, 0);
                 panel.zeros[v] = scales_of(step, group, block * 64 + 16 * v, 1);

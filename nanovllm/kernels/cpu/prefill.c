@@ -2,6 +2,9 @@
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
 #endif
 
 #include "attention.h"
@@ -26,20 +29,16 @@ struct paged_prefill {
     enum dtype dtype, cache_dtype;
 };
 
-#ifdef __AVX512BF16__
-#define HAS_PAIRS 1
+/* pairs: units are that, as they can be only if HAS_PAIRS. */
 INLINE floats add_product(floats sum, floats column, uint32_t unit, int pairs) {
-    if (!pairs) return sum + column * (floats)((ints){} + unit);
+#if HAS_PAIRS
     __m512bh two = (__m512bh)_mm512_set1_epi32(unit);
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)column, two);
-}
+    if (pairs) return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)column, two);
 #else
-#define HAS_PAIRS 0
-INLINE floats add_product(floats sum, floats column, uint32_t unit, int pairs) {
     (void)pairs;
+#endif
     return sum + column * (floats)((ints){} + unit);
 }
-#endif
 
 /* Of rows x [num_units, ROWS] and columns panel [num_units, WIDTH]. */
 INLINE void multiply_rows(
@@ -84,10 +83,7 @@ INLINE void make_panels(
     memset(value_panel, 0, 4 * value_panel_size(head_dim, pairs));
     for (int i = 0; i < WIDTH && block * WIDTH + i < step->num_keys; i++) {
         int64_t slot = block * WIDTH + i;
-        if (step->block_table) {
-            int64_t own_block = step->block_table[slot / step->block_size];
-            slot = own_block * step->block_size + slot % step->block_size;
-        }
+        if (step->block_table) slot = slot_of(step->block_table, slot, step->block_size);
         int64_t scale = slot * step->num_kv_heads + head;
         float key_factor = dtype == E4M3 ? factor_of(step->k_scales[scale]) : 1;
         float value_factor = dtype == E4M3 ? factor_of(step->v_scales[scale]) : 1;
