@@ -27,6 +27,7 @@ from nanovllm.config import KV_CACHE_DTYPES, QUANTIZATIONS
 from nanovllm.engine.scheduler import Batch
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.moe import ExpertWeights, MoE, route
+from nanovllm.layers.products import is_panels, pack_for_onednn
 from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.device import resolve_device, resolve_dtype
@@ -121,14 +122,20 @@ def _read_bandwidth(device: torch.device, num_bytes: int) -> float:
 
 
 def _matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Floating-point operations a second of a square matrix product, on a CPU of a packed one."""
+    """Floating-point operations a second of a square matrix product.
+
+    On a CPU of a packed matrix: the better of the engine's product and oneDNN's.
+    """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    ways: list[Callable[[], object]] = [lambda: a @ b]
     if device.type == "cpu":
-        layer = Linear(size, size, device=device, dtype=dtype)
-        layer.weight.copy_(b)
-        layer.pack()
-        return 2 * size**3 / seconds(device, lambda: layer(a))
-    return 2 * size**3 / seconds(device, lambda: a @ b)
+        ours, onednn = (Linear(size, size, device=device, dtype=dtype) for _ in range(2))
+        for layer in (ours, onednn):
+            layer.weight.copy_(b)
+        ours.pack()
+        onednn.replace(pack_for_onednn(onednn.weight))
+        ways = [lambda: ours(a), lambda: onednn(a)]
+    return 2 * size**3 / min(seconds(device, way) for way in ways)
 
 
 def seconds(device: torch.device, function: Callable[[], object], rounds: int = 10) -> float:
@@ -172,6 +179,7 @@ class Floor:
         ]  # fmt: skip
         # Of an input embedding whose memory is not the output head's too, only rows are read.
         self.weight_bytes = num_bytes(model.parameters()) - num_bytes(experts)
+        self.weight_bytes -= sum(padding_bytes(p) for p in model.modules() if isinstance(p, Linear))
         if model.lm_head.weight is not embedding:
             self.weight_bytes -= embedding.nbytes
         self.token_bytes = sum(x[:, :, 0, 0].nbytes for x in stored if x.numel())
@@ -292,7 +300,15 @@ def num_bytes(parameters: Iterable[Tensor]) -> int:
 
 def matrix_bytes(layer: Linear) -> int:
     """Of its weight and its scales."""
-    return num_bytes(p for name, p in layer.named_parameters() if name != "bias")
+    stored = num_bytes(p for name, p in layer.named_parameters() if name != "bias")
+    return stored - padding_bytes(layer)
+
+
+def padding_bytes(layer: Linear) -> int:
+    """Of rows that a layer's panels are filled up with."""
+    if not is_panels(layer.weight):
+        return 0
+    return (layer.weight.numel() - layer.own_shape.numel()) * layer.dtype.itemsize
 
 
 def _samples(batch: Batch) -> bool:
@@ -317,7 +333,7 @@ def expert_shares(llm: LLM, rng: random.Random) -> list[Tensor]:
         return []
     num_seqs = min(256, config.max_num_seqs, max(1, config.max_num_batched_tokens // 8))
     length = min(64, config.max_num_batched_tokens // num_seqs, config.max_model_len - 1)
-    counts = [torch.zeros(layer.gate.weight.size(0)) for layer in layers]
+    counts = [torch.zeros(layer.gate.own_shape[0]) for layer in layers]
 
     def count(index: int, logits: Tensor) -> None:
         layer = layers[index]

@@ -1,5 +1,6 @@
 """The kernels in C: against their PyTorch twins and float64, and machines that cannot have them."""
 
+import itertools
 import logging
 import math
 import stat
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, completions, load_tasks
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import multiplies_int4, usable_on_cpu
 from nanovllm.kernels.cpu import attention, build, fused
 from nanovllm.kernels.cpu.int4 import int4_linear
+from nanovllm.kernels.cpu.linear import linear, panels
 from nanovllm.kernels.cpu.sampler import sample as cpu_sample
 from nanovllm.layers import sampler
 from nanovllm.layers.attention import qk_norm_rope_store
@@ -173,7 +176,9 @@ def test_an_fp8_cache_holds_what_the_twin_stores(dtype: torch.dtype) -> None:
     rows[1] = 0
     rows[2, -3] = INF
     rows[3, -200] = NAN
-    rows[4] *= 2.0**-130
+    # Below its normal numbers a processor's own rounding to bfloat16 gives 0.
+    least = rows[4].sign() * 1.3 * 2.0**-120
+    rows[4] = least if dtype == torch.bfloat16 else rows[4] * 2.0**-130
     layer.qkv = rows.to(dtype)
     found, expected = layer.run(fused.qk_norm_rope_store), layer.run(qk_norm_rope_store)
     is_nan = found[1].isnan()
@@ -429,6 +434,80 @@ def test_a_pool_of_more_than_2_to_the_31_elements() -> None:
     stored = torch.empty(2, 128)
     dequantize(pool[-1, -2], scales[-1, -2], out=stored)
     assert torch.equal(stored, rows[2][0])
+
+
+# --- linear layers
+
+# Of a number, the most that rounding changes it by.
+HALF_STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+gates = pytest.mark.parametrize("is_gated", [False, True], ids=["", "gated"])
+
+
+@needs_kernels
+@dtypes
+@gates
+@pytest.mark.parametrize(
+    ("num_out", "size"), [(1, 32), (64, 512), (5, 96), (200, 1056), (130, 544)]
+)
+def test_linear(
+    num_out: int, size: int, is_gated: bool, dtype: torch.dtype, num_threads: int
+) -> None:
+    """Rounded once: within half a step of the product, and of what float32 adds up."""
+    num_rows = num_out * (2 if is_gated else 1)
+    weight = (torch.randn(num_rows, size) / math.sqrt(size)).to(dtype)
+    matrix = panels(weight, is_gated), num_out, is_gated
+    bias = torch.randn(num_rows).to(dtype)
+    norm = {"norm_weight": torch.rand(size).to(dtype) + 0.5, "eps": 1e-6}
+    ways = itertools.cycle(itertools.product([False, True], repeat=3))
+    for num_tokens in (0, *range(1, 14), 127, 128, 129, 300):
+        has_bias, has_norm, has_residual = next(ways)
+        x = torch.randn(num_tokens, size).to(dtype)
+        inputs = fused.rms_norm(x, *norm.values()) if has_norm else x
+        exact = inputs.double() @ weight.double().T + (bias.double() if has_bias else 0)
+        error = 2e-6 * (inputs.double().abs() @ weight.double().abs().T + 1)
+        if is_gated:
+            (gate, up), (gate_error, up_error) = exact.chunk(2, dim=1), error.chunk(2, dim=1)
+            exact = F.silu(gate) * up
+            error = gate_error * (up.abs() + 1) * 1.1 + up_error * (F.silu(gate).abs() + 1)
+        more: dict[str, Any] = {"bias": bias} if has_bias else {}
+        more |= norm if has_norm else {}
+        if has_residual:
+            more["residual"] = torch.randn(num_tokens, num_out).to(dtype)
+            exact = exact + more["residual"].double()
+        out = torch.full((num_tokens + 1, num_out), 7.0, dtype=dtype)
+        for to in (None, out[:num_tokens], more.get("residual")):
+            y = linear(x, *matrix, **more, out=to)
+            assert to is None or y.data_ptr() == to.data_ptr()
+            assert ((y.double() - exact).abs() <= exact.abs() * HALF_STEP[dtype] + error).all()
+        assert (out[num_tokens] == 7.0).all()
+
+
+@needs_kernels
+@dtypes
+@gates
+def test_a_tokens_product_is_the_same_whatever_others_there_are(
+    is_gated: bool, dtype: torch.dtype, num_threads: int
+) -> None:
+    matrix = panels(torch.randn(96, 1056).to(dtype), is_gated), 48 if is_gated else 96, is_gated
+    x = torch.randn(300, 1056).to(dtype)
+    all_at_once = linear(x, *matrix)
+    for first, num_tokens in ((0, 1), (7, 5), (100, 13), (299, 1), (17, 200)):
+        some = slice(first, first + num_tokens)
+        assert torch.equal(linear(x[some], *matrix), all_at_once[some])
+
+
+@needs_kernels
+@dtypes
+def test_numbers_that_are_none_stay_in_their_row(dtype: torch.dtype) -> None:
+    """Whichever of a pair they are."""
+    matrix = panels(torch.rand(8, 64).to(dtype) + 0.5), 8
+    x = torch.ones(5, 64, dtype=dtype)
+    x[0, 6], x[1, 7], x[2, 8], x[3, 9] = NAN, NAN, INF, -INF
+    y = linear(x, *matrix)
+    assert y[:2].isnan().all()
+    assert (y[2] == INF).all()
+    assert (y[3] == -INF).all()
+    assert y[4].isfinite().all()
 
 
 # --- int4 weights

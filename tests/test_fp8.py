@@ -565,8 +565,8 @@ def test_dummy_weights_are_finite_and_as_large_as_others(
     assert num_fp8 > 1e6
     with LLM(str(tmp_path), **OPTIONS, load_format="dummy") as llm:
         for name, weight in weights_of(llm).items():
-            if weight.dim() > 1:
-                assert 0.015 < float(weight.std()) < 0.025, name
+            if weight.dim() > 1:  # but for the zeros that panels are filled up with
+                assert 0.015 < float(weight[weight != 0].std()) < 0.025, name
         assert len(completions(llm, [[1, 2, 3]], max_tokens=20)[0]) == 20
 
 

@@ -1388,7 +1388,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def products_of(*shape: int, dtype: torch.dtype = torch.bfloat16, **kind: bool) -> ProductTable:
-    return product_table(torch.empty(*shape, dtype=dtype, device="meta"), **kind)
+    weight = torch.empty(*shape, dtype=dtype, device="meta")
+    return product_table(weight, num_out=shape[0], **kind)
 
 
 def most_tokens(table: ProductTable, function: Callable[..., Tensor]) -> float:

@@ -31,6 +31,9 @@ from nanovllm.engine.batch_layout import BatchLayout
 from nanovllm.engine.decode_graphs import graph_sizes
 from nanovllm.engine.scheduler import ScheduledSequence
 from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels import usable_on_cpu
+from nanovllm.kernels.cpu import linear as cpu_linear
+from nanovllm.layers import products
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import (
     BACKENDS,
@@ -40,7 +43,7 @@ from nanovllm.layers.attention import (
 from nanovllm.layers.embed_head import resolve_and_embed
 from nanovllm.layers.layernorm import RMSNorm, rms_norm
 from nanovllm.layers.linear import GatedLinear, Linear
-from nanovllm.layers.products import onednn, pack, plain, rounded_rows
+from nanovllm.layers.products import is_panels, onednn, pack, pack_for_onednn, plain, rounded_rows
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary, turns_of
 from nanovllm.layers.torch_attention import (
     QUERY_ROWS,
@@ -601,25 +604,37 @@ def test_padding_is_under_32_rows_or_under_the_rows_themselves(max_num_seqs: int
 def test_this_torch_packs_weights_for_onednn() -> None:
     """The operators are private to torch: a version that drops them has to be noticed."""
     weight = torch.randn(24, 40)
-    packed = pack(weight)
+    packed = pack_for_onednn(weight)
     assert packed.is_mkldnn
     assert packed.shape == weight.shape
     assert torch.equal(packed.to_dense(), weight)
 
 
+# The kernel in C takes rows of multiples of 32.
+SIZES = pytest.mark.parametrize("size", [40, 64], ids=["onednn", "panels"])
+
+
+def is_packed(weight: Tensor) -> bool:
+    """As this machine multiplies fastest."""
+    if usable_on_cpu(weight.device, weight.size(1)) and weight.dtype == torch.float32:
+        return is_panels(weight)
+    return is_panels(weight) or weight.is_mkldnn
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 16, 17, 18, 100, 300])
+@SIZES
 def test_a_packed_layer_gives_what_a_plain_one_gives(
-    num_tokens: int, bias: bool, dtype: torch.dtype
+    size: int, num_tokens: int, bias: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(num_tokens)
     options = {"dtype": dtype, "device": "cpu"}
-    linear, gated = Linear(40, 24, bias, **options), GatedLinear(40, 24, **options)
-    norm = RMSNorm(40, 1e-6, **options)
+    linear, gated = Linear(size, 24, bias, **options), GatedLinear(size, 24, **options)
+    norm = RMSNorm(size, 1e-6, **options)
     for parameter in (*linear.parameters(), *gated.parameters(), norm.weight):
-        parameter.data.copy_(torch.randn(parameter.shape) + 0.5)
-    x, residual = torch.randn(num_tokens, 40).to(dtype), torch.randn(num_tokens, 24).to(dtype)
+        parameter.data.copy_((torch.randn(parameter.shape) + 0.5) * (40 / size))
+    x, residual = torch.randn(num_tokens, size).to(dtype), torch.randn(num_tokens, 24).to(dtype)
 
     def results() -> list[Tensor]:
         found = [
@@ -639,22 +654,50 @@ def test_a_packed_layer_gives_what_a_plain_one_gives(
     expected = results()
     for layer in (linear, gated):
         layer.pack()
-        assert layer.weight.is_mkldnn
-        assert list(layer.products.values()) == [onednn]
+        assert is_packed(layer.weight)
+        assert layer.products != {math.inf: plain}
+        assert (layer.products == {math.inf: onednn}) == layer.weight.is_mkldnn
+        weight = layer.weight
+        layer.pack()  # changes nothing
+        assert layer.weight is weight
     tolerance = 4 * TOLERANCE[dtype]
     torch.testing.assert_close(results(), expected, rtol=tolerance, atol=16 * tolerance)
 
 
-def test_a_layer_is_unpacked_to_be_filled_anew() -> None:
-    layer = GatedLinear(8, 4)
-    layer.weight.copy_(torch.arange(64.0).view(8, 8))
+@SIZES
+def test_a_layer_is_unpacked_to_be_filled_anew(size: int) -> None:
+    layer = GatedLinear(size, 4)
+    layer.weight.copy_(torch.randn(8, size))
     layer.pack()
     layer.unpack()
-    assert list(layer.products.values()) == [plain]
+    assert layer.products == {math.inf: plain}
     for _, part in layer.shards():
-        part.fill_(1.0)
+        part.fill_(1 / size)
     layer.pack()
-    torch.testing.assert_close(layer(torch.ones(2, 8)), torch.full((2, 4), 64 / (1 + math.exp(-8))))
+    expected = torch.full((2, 4), 64 / (1 + math.exp(-8)))
+    torch.testing.assert_close(layer(torch.full((2, size), 8.0)), expected)
+
+
+def test_bfloat16_goes_to_the_instructions_that_multiply_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel's, unless oneDNN has others."""
+    weight = torch.zeros(8, 64, dtype=torch.bfloat16)
+    has: dict[str, bool] = {}
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: has["any"])
+    monkeypatch.setattr(products, "has_matrix_unit", lambda: has["tiles"])
+    monkeypatch.setattr(cpu_linear, "has_pairs", lambda: has["pairs"])
+    for has_any, tiles, pairs, kernel in (
+        (False, False, False, True),
+        (False, True, True, True),
+        (True, False, False, False),
+        (True, False, True, True),
+        (True, True, True, False),
+    ):
+        has.update(any=has_any, tiles=tiles, pairs=pairs)
+        is_kernels = kernel and usable_on_cpu(weight.device, 64)
+        assert is_panels(pack(weight)) == is_kernels
+        assert is_panels(pack(weight.float())) == usable_on_cpu(weight.device, 64)
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
@@ -703,7 +746,7 @@ def test_an_engine_on_a_cpu_holds_each_weight_once(
     with LLM(str(checkpoint(spec)), device="cpu") as llm:
         assert llm.model_runner is not None
         model = llm.model_runner.model
-        matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
-        plain_ones = {name for name, p in matrices.items() if not p.is_mkldnn}
+        matrices = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+        plain_ones = {name for name, p in matrices.items() if not is_packed(p)}
         assert plain_ones == {"model.embed_tokens.weight"}
         assert len(matrices) == 2 + 4 * spec.num_layers

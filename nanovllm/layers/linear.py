@@ -44,12 +44,15 @@ class Linear(StoredWeight):
             return int4_table(weight)
         if isinstance(weight, Fp8Weight):
             return fp8_table(weight, self.dtype, self.is_gated, self.bias is not None)
-        return product_table(self.weight, self.is_gated, self.is_head, self.bias is not None)
+        num_out = self.own_shape[0] // (2 if self.is_gated else 1)
+        how = self.is_gated, self.is_head, self.bias is not None
+        return product_table(self.weight, num_out, *how)
 
     def pack(self) -> None:
         super().pack()
-        if self.scales is None and not self.weight.is_mkldnn:
-            packed = pack(self.weight)
+        is_dense = self.scales is None and not self.weight.is_mkldnn
+        if is_dense and self.weight.shape == self.own_shape:
+            packed = pack(self.weight, self.is_gated)
             if packed is not self.weight:
                 self.replace(packed)
 

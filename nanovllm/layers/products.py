@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanovllm import kernels
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.utils.device import uses_onednn
+from nanovllm.utils.device import has_matrix_unit, multiplies_bfloat16, uses_onednn
 from nanovllm.utils.quantization import Fp8Rows
 
 
@@ -103,8 +103,31 @@ def rounded_rows(num_rows: int) -> int:
     return -(-num_rows // step) * step
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A weight [num_rows, input_size] in the layout for `onednn`, where that can be had.
+def by_panels(inputs: LinearInputs, num_out: int) -> Tensor:
+    """The kernel in C, of a weight in panels: all in one launch."""
+    from nanovllm.kernels.cpu.linear import linear
+
+    x, weight, act, bias, norm, residual, out = inputs
+    assert isinstance(x, Tensor)
+    norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    out = residual if out is None else out
+    return linear(x, weight, num_out, act is not None, bias, norm_weight, eps, residual, out)
+
+
+def pack(weight: Tensor, is_gated: bool = False) -> Tensor:
+    """A weight [num_rows, input_size] in the layout in which this machine multiplies fastest.
+
+    Panels for the kernel in C, or oneDNN's layout; where neither can be had the weight itself.
+    """
+    if _takes_panels(weight):
+        from nanovllm.kernels.cpu import linear
+
+        return linear.panels(weight, is_gated)
+    return pack_for_onednn(weight)
+
+
+def pack_for_onednn(weight: Tensor) -> Tensor:
+    """A weight in the layout for `onednn`, where that can be had.
 
     Otherwise the weight itself: on a GPU, without oneDNN, in float16 on most processors, or where
     the caller has turned oneDNN off. The operators are private to torch: its public ones
@@ -117,6 +140,25 @@ def pack(weight: Tensor) -> Tensor:
     except (AttributeError, RuntimeError):  # none in this torch; not for this device or dtype
         return weight
     return packed
+
+
+def is_panels(weight: Tensor) -> bool:
+    """True of a linear layer's weight that `pack` has made into panels."""
+    return weight.dim() == 3
+
+
+def _takes_panels(weight: Tensor) -> bool:
+    """True if the kernel in C multiplies by a weight at least as fast as oneDNN.
+
+    Of bfloat16, where its instructions are those that oneDNN would use, or there are none.
+    """
+    if not kernels.usable_on_cpu(weight.device, weight.size(1)):
+        return False
+    from nanovllm.kernels.cpu.linear import has_pairs
+
+    if weight.dtype != torch.bfloat16 or not multiplies_bfloat16():
+        return True
+    return has_pairs() and not has_matrix_unit()
 
 
 def few_tokens(inputs: LinearInputs, scales: Tensor | None = None) -> Tensor:
@@ -148,6 +190,7 @@ def gated_prefill(inputs: LinearInputs) -> Tensor:
 
 def product_table(
     weight: Tensor,
+    num_out: int,
     is_gated: bool = False,
     is_head: bool = False,
     has_bias: bool = False,
@@ -157,6 +200,8 @@ def product_table(
     Measured on an H100 against cuBLAS.
 
     Args:
+        weight: or what `pack` has made of it.
+        num_out: columns of the output.
         is_gated: gate over up; SiLU(gate) * up follows the matrix product.
         is_head: the output head.
         has_bias: which the kernels of gated layers have not.
@@ -164,6 +209,8 @@ def product_table(
     Returns:
         Of a kernel that is compiled differently for more tokens, each form has its entry.
     """
+    if is_panels(weight):
+        return {math.inf: partial(by_panels, num_out=num_out)}
     if weight.is_mkldnn:
         return {math.inf: onednn}
     if not kernels.usable(weight.device) or (is_gated and has_bias):

@@ -3,9 +3,11 @@
 #include "attention.h"
 
 /* Keys that are read before any of their values. */
-#define TILE 32
+#define TILE 16
 /* Keys that are multiplied side by side: a sum alone would wait for itself. */
 #define ABREAST 4
+/* Query heads at most that share a pass. */
+#define MOST 4
 
 /* A K/V head's keys and values of a tile: rows, and what they are multiplied by (FP8), or NULL. */
 struct tile {
@@ -25,7 +27,7 @@ INLINE void multiply_keys(
     const struct tile *tile, const float *query, float products[][TILE], int head_dim,
     enum dtype dtype, const int NUM) {
     for (int i = 0; i < tile->num_keys; i += ABREAST) {
-        floats sums[ABREAST][NUM];
+        floats sums[ABREAST][MOST];
         for (int j = 0; j < ABREAST; j++)
             for (int q = 0; q < NUM; q++) sums[j][q] = (floats){};
         for (int d = 0; d < head_dim; d += LANES)
@@ -38,10 +40,10 @@ INLINE void multiply_keys(
                 if (d * size_of(dtype) % 64) continue;
                 /* A processor foresees no more than the row that it reads. Next comes the next
                 head, and then the next tile. */
-                __builtin_prefetch(at(key, head_dim, dtype));
-                __builtin_prefetch(at(value, head_dim, dtype));
-                __builtin_prefetch((const char *)key + tile->ahead);
-                __builtin_prefetch((const char *)value + tile->ahead);
+                __builtin_prefetch(at(key, head_dim, dtype), 0, 2);
+                __builtin_prefetch(at(value, head_dim, dtype), 0, 2);
+                __builtin_prefetch((const char *)key + tile->ahead, 0, 2);
+                __builtin_prefetch((const char *)value + tile->ahead, 0, 2);
             }
         for (int j = 0; j < ABREAST; j++)
             for (int q = 0; q < NUM; q++) products[q][i + j] = sum(sums[j][q]);
@@ -52,7 +54,7 @@ INLINE void multiply_keys(
 INLINE void add_values(
     const struct tile *tile, float weights[][TILE], float *all_sums, int head_dim, int first,
     enum dtype dtype, const int NUM, const int WIDTH) {
-    floats sums[WIDTH][NUM];
+    floats sums[4][MOST];
     for (int j = 0; j < WIDTH; j++)
         for (int q = 0; q < NUM; q++)
             sums[j][q] = load(all_sums, q * head_dim + first + j * LANES, FLOAT32);
@@ -69,7 +71,7 @@ INLINE void add_values(
 /* Attend to one more tile. */
 INLINE void attend_tile(
     const struct tile *tile, struct found found, int head_dim, enum dtype dtype, const int NUM) {
-    float weights[NUM][TILE];
+    float weights[MOST][TILE];
     multiply_keys(tile, found.query, weights, head_dim, dtype, NUM);
     int n = tile->num_keys;
     for (int q = 0; q < NUM; q++) {

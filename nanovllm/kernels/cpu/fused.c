@@ -1,20 +1,6 @@
 /* What stands around the products: the norm; QK-norm, rotary embedding and store. */
 
-#include "numbers.h"
-
-INLINE void norm_row(
-    const void *x, const void *weight, float eps, int size, void *out, enum dtype dtype) {
-    floats squares = {};
-    for (int i = 0; i < size; i += LANES) {
-        floats v = load(x, i, dtype);
-        squares += v * v;
-    }
-    float factor = 1 / sqrtf(sum(squares) / size + eps);
-    for (int i = 0; i < size; i += LANES) {
-        floats normed = rounded(load(x, i, dtype) * factor, dtype);
-        store(out, i, normed * load(weight, i, dtype), dtype);
-    }
-}
+#include "norm.h"
 
 /* Of each pair (x[i], x[i + size / 2]), by angles whose cosines and sines are `turn`. */
 INLINE void rotate_row(void *x, const float *turn, int size, enum dtype dtype) {

@@ -1,9 +1,9 @@
 /* Products of int4 weights (layers/int4.py), where a processor multiplies pairs of bfloat16. */
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-
 #include "numbers.h"
+#include "products.h"
+
+#if HAS_PAIRS
 
 /* residual + (x times a matrix + bias).
 
@@ -72,10 +72,11 @@ x [pairs of inputs, NUM]; totals: the first token's, of the group. */
 INLINE void multiply_panel(
     struct panel *panel, __m512i numbers, const uint32_t *x, const float *totals,
     int64_t totals_stride, float (*sums)[64], enum turn turn, const int NUM) {
-    __m512 products[NUM][4];
+    __m512 products[ABREAST][4];
     for (int token = 0; token < NUM; token++)
         for (int v = 0; v < 4; v++) products[token][v] = _mm512_setzero_ps();
     for (int i = 0; i < panel->num_pairs; i++) {
+        if (turn != LATER) FETCH(panel->codes + 64 * i);
         struct pair pair =
             turn == LATER ? panel->pairs[i] : pair_of(panel->codes + 64 * i, numbers);
         if (turn == FIRST) panel->pairs[i] = pair;
@@ -93,14 +94,6 @@ INLINE void multiply_panel(
             sum += totals[token * totals_stride] * panel->zeros[v];
             store(sums[token], 16 * v, sum, FLOAT32);
         }
-}
-
-/* Tokens to take side by side, of so many that are left: up to 6, whose sums fill the registers.
-
-About as many each time, since few would wait for their own sums. */
-INLINE int num_abreast(int left) {
-    int num_times = (left + 5) / 6;
-    return (left + num_times - 1) / num_times;
 }
 
 /* For tokens taken abreast: x [num, num_pairs] as [num_pairs, num], and totals of its groups. */

@@ -11,6 +11,14 @@ round. Functions that are handed a dtype to compile for are inlined, once for ea
 #include <stdint.h>
 #include <string.h>
 
+/* True if a processor multiplies pairs of bfloat16. */
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
+#endif
+
 #ifdef __AVX512F__
 #define LANES 16
 #else
@@ -53,11 +61,16 @@ INLINE floats load(const void *array, int64_t index, enum dtype dtype) {
     return (floats)((bits & 0x80) << 24 | (bits & 0x7f) << 20) * 0x1p120f;
 }
 
+/* The nearest; what is below its normal numbers may become 0, as in its products. */
 INLINE shorts to_bfloat16(floats x) {
+#if HAS_PAIRS
+    return (shorts)_mm512_cvtneps_pbh((__m512)x);
+#else
     ints bits = (ints)x;
     ints nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     ints is_nan = (ints)(x != x);
     return __builtin_convertvector((nearest & ~is_nan) | (0x7fc0 & is_nan), shorts);
+#endif
 }
 
 INLINE void store(void *array, int64_t index, floats x, enum dtype dtype) {

@@ -1,12 +1,5 @@
 /* Causal attention of a prompt's tokens, as products of small matrices. */
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#define HAS_PAIRS 1
-#else
-#define HAS_PAIRS 0
-#endif
-
 #include "attention.h"
 
 /* Scores and sums are products of panels: ROWS rows times WIDTH columns at once. What they sum up
@@ -40,7 +33,7 @@ INLINE floats add_product(floats sum, floats column, uint32_t unit, int pairs) {
     return sum + column * (floats)((ints){} + unit);
 }
 
-/* Of rows x [num_units, ROWS] and columns panel [num_units, WIDTH]. */
+/* Of rows x [ROWS, num_units] and columns panel [num_units, WIDTH]. */
 INLINE void multiply_rows(
     const uint32_t *x, const uint32_t *panel, int num_units, float (*out)[WIDTH], int pairs) {
     floats sums[ROWS][4];
@@ -51,19 +44,17 @@ INLINE void multiply_rows(
         for (int v = 0; v < 4; v++) columns[v] = load(panel, i * WIDTH + v * LANES, FLOAT32);
         for (int row = 0; row < ROWS; row++)
             for (int v = 0; v < 4; v++)
-                sums[row][v] = add_product(sums[row][v], columns[v], x[i * ROWS + row], pairs);
+                sums[row][v] = add_product(sums[row][v], columns[v], x[row * num_units + i], pairs);
     }
     for (int row = 0; row < ROWS; row++)
         for (int v = 0; v < 4; v++) store(out[row], v * LANES, sums[row][v], FLOAT32);
 }
 
-/* `size` numbers as units, each `stride` after the one before. */
-INLINE void spread_units(
-    const void *x, float factor, int size, uint32_t *out, int stride, enum dtype dtype, int pairs) {
-    uint32_t units[size];
+/* `size` numbers, times a factor, as units. */
+INLINE void store_units(
+    const void *x, float factor, int size, uint32_t *out, enum dtype dtype, int pairs) {
     for (int i = 0; i < size; i += LANES)
-        store(units, i, load(x, i, dtype) * factor, pairs ? BFLOAT16 : FLOAT32);
-    for (int i = 0; i < size / (1 + pairs); i++) out[i * stride] = units[i];
+        store(out, i, load(x, i, dtype) * factor, pairs ? BFLOAT16 : FLOAT32);
 }
 
 INLINE int64_t key_panel_size(int head_dim, int pairs) { return WIDTH * head_dim / (1 + pairs); }
@@ -79,6 +70,7 @@ INLINE void make_panels(
     uint32_t *value_panel, int pairs) {
     enum dtype dtype = step->cache_dtype;
     int head_dim = step->head_dim;
+    uint32_t units[head_dim];
     memset(key_panel, 0, 4 * key_panel_size(head_dim, pairs));
     memset(value_panel, 0, 4 * value_panel_size(head_dim, pairs));
     for (int i = 0; i < WIDTH && block * WIDTH + i < step->num_keys; i++) {
@@ -89,7 +81,8 @@ INLINE void make_panels(
         float value_factor = dtype == E4M3 ? factor_of(step->v_scales[scale]) : 1;
         int64_t from = slot * step->key_stride + (int64_t)head * head_dim;
         const void *key = at(step->keys, from, dtype), *value = at(step->values, from, dtype);
-        spread_units(key, key_factor, head_dim, key_panel + i, WIDTH, dtype, pairs);
+        store_units(key, key_factor, head_dim, units, dtype, pairs);
+        for (int j = 0; j < head_dim / (1 + pairs); j++) key_panel[j * WIDTH + i] = units[j];
         for (int d = 0; d < head_dim; d += LANES) {
             floats numbers = load(value, d, dtype) * value_factor;
             ints bits = (ints)numbers;
@@ -109,7 +102,7 @@ INLINE void attend_rows(
     int num_rows = step->num_queries * num_sharing - first_row;
     if (num_rows > TASK_ROWS) num_rows = TASK_ROWS;
     int num_units = head_dim / (1 + pairs), width = (head_dim + WIDTH - 1) / WIDTH * WIDTH;
-    uint32_t query[TASK_ROWS / ROWS][num_units * ROWS], shares[WIDTH * ROWS];
+    uint32_t query[TASK_ROWS][num_units], shares[ROWS * WIDTH];
     float sums[TASK_ROWS][width], peak[TASK_ROWS], total[TASK_ROWS];
     int num_visible[TASK_ROWS]; /* keys */
     memset(query, 0, sizeof query);
@@ -121,7 +114,7 @@ INLINE void attend_rows(
         num_visible[row] = step->num_keys - step->num_queries + token + 1;
         int64_t from = (int64_t)head * num_sharing + (first_row + row) % num_sharing;
         const void *x = at(step->query, token * step->query_stride + from * head_dim, dtype);
-        spread_units(x, 1, head_dim, query[row / ROWS] + row % ROWS, ROWS, dtype, pairs);
+        store_units(x, 1, head_dim, query[row], dtype, pairs);
     }
     for (int first = 0; first < num_visible[num_rows - 1]; first += WIDTH) {
         const uint32_t *key_panel = key_panels + first / WIDTH * key_panel_size(head_dim, pairs);
@@ -131,7 +124,7 @@ INLINE void attend_rows(
             int last = start + ROWS < num_rows ? start + ROWS - 1 : num_rows - 1;
             if (num_visible[last] <= first) continue;
             float scores[ROWS][WIDTH], rescale[ROWS];
-            multiply_rows(query[start / ROWS], key_panel, num_units, scores, pairs);
+            multiply_rows(query[start], key_panel, num_units, scores, pairs);
             for (int i = 0; i < ROWS; i++) {
                 int row = start + i, n = num_visible[row] - first;
                 for (int j = 0; j < WIDTH; j += LANES)
@@ -141,7 +134,7 @@ INLINE void attend_rows(
                     rescale[i] =
                         weigh(scores[i], n < WIDTH ? n : WIDTH, WIDTH, peak + row, total + row);
                 else memset(scores[i], 0, sizeof scores[i]);
-                spread_units(scores[i], 1, WIDTH, shares + i, ROWS, FLOAT32, pairs);
+                store_units(scores[i], 1, WIDTH, shares + i * WIDTH / (1 + pairs), FLOAT32, pairs);
             }
             for (int d = 0; d < width; d += WIDTH) {
                 float products[ROWS][WIDTH];
