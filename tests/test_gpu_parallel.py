@@ -42,6 +42,9 @@ SPECS = [
     wide("Qwen3Moe", 5, more=experts(16, 4), head_dim=32, initializer_range=0.15),
 ]
 
+# The engine's logits have errors as transformers' have, and those of each rank's rounded sums.
+NUM_ERRORS = 2
+
 
 def engine(model: Path = TINY, size: int = 2, **options: Any) -> LLM:
     defaults = {"max_num_seqs": 32, "max_model_len": 1024, "gpu_memory_utilization": 0.15}
@@ -64,7 +67,7 @@ def test_tokens_are_those_of_transformers(
             assert llm.model_runner is not None
             assert isinstance(llm.model_runner.group, PeerGroup)
             outputs = completions(llm, prompts, max_tokens=60)
-        found = compare_tokens(reference, prompts, outputs)
+        found = compare_tokens(reference, prompts, outputs, NUM_ERRORS)
         for what, number in zip(("positions", "near-ties", "others"), found, strict=True):
             tally.count(f"{size} GPUs {spec.kind} {name_of(dtype)}: {what}", number)
         assert found.num_others <= (found.num_positions // 100 if "Moe" in spec.kind else 0)
@@ -82,7 +85,7 @@ def test_ranks_that_share_fp8_weights_choose_the_tokens_of_transformers(
     few = {"max_num_batched_tokens": 16, "max_num_seqs": 16}
     with engine(model, size, dtype="bfloat16", **few) as llm:
         outputs = completions(llm, prompts, max_tokens=60)
-    found = compare_tokens(reference, prompts, outputs)
+    found = compare_tokens(reference, prompts, outputs, NUM_ERRORS)
     for what, number in zip(("positions", "near-ties", "others"), found, strict=True):
         tally.count(f"{size} GPUs FP8 {spec.kind}: {what}", number)
     assert found.num_others <= (found.num_positions // 100 if "Moe" in spec.kind else 0)
