@@ -117,8 +117,11 @@ def by_panels(inputs: LinearInputs, num_out: int) -> Tensor:
 def pack(weight: Tensor, is_gated: bool = False) -> Tensor:
     """A weight [num_rows, input_size] in the layout in which this machine multiplies fastest.
 
-    Panels for the kernel in C, or oneDNN's layout; where neither can be had the weight itself.
+    Panels for the kernel in C, or oneDNN's layout; where neither can be had, or Triton's kernels
+    can, the weight itself.
     """
+    if kernels.usable(weight.device):
+        return weight
     if _takes_panels(weight):
         from nanovllm.kernels.cpu import linear
 
@@ -129,11 +132,11 @@ def pack(weight: Tensor, is_gated: bool = False) -> Tensor:
 def pack_for_onednn(weight: Tensor) -> Tensor:
     """A weight in the layout for `onednn`, where that can be had.
 
-    Otherwise the weight itself: on a GPU, without oneDNN, in float16 on most processors, or where
+    Otherwise the weight itself: without oneDNN, in float16 on most processors, or where
     the caller has turned oneDNN off. The operators are private to torch: its public ones
     (torch.utils.mkldnn) take 1.6 times as long.
     """
-    if kernels.usable(weight.device) or not uses_onednn():
+    if not uses_onednn():
         return weight
     try:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)

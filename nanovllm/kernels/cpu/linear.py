@@ -31,7 +31,8 @@ def panels(weight: Tensor, is_gated: bool = False) -> Tensor:
     num_parts = 2 if is_gated else 1
     rows = found.linear_rows() // num_parts
     parts = weight.unflatten(0, (num_parts, -1))
-    parts = F.pad(parts, (0, 0, 0, -parts.size(1) % rows))
+    if num_missing := -parts.size(1) % rows:
+        parts = F.pad(parts, (0, 0, 0, num_missing))
     ordered = parts.unflatten(1, (-1, rows)).transpose(0, 1).flatten(1, 2)
     if weight.dtype == torch.bfloat16:  # copied two at a time
         ordered = ordered.view(torch.int32)
