@@ -37,17 +37,6 @@ INLINE floats broadcast(const void *x, int64_t index, enum dtype dtype) {
     return (floats)(((const uint32_t *)x)[index] + (ints){});
 }
 
-/* Adds a product, of bfloat16 those of a pair. */
-INLINE floats add(floats sum, floats weight, floats input, enum dtype dtype) {
-    if (dtype != BFLOAT16) return sum + weight * input;
-#if HAS_PAIRS
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weight, (__m512bh)input);
-#else
-    sum += (floats)((ints)weight << 16) * (floats)((ints)input << 16);
-    return sum + (floats)((ints)weight & 0xffff0000) * (floats)((ints)input & 0xffff0000);
-#endif
-}
-
 /* Products of NUM tokens' inputs with a part of a panel are added to sums [NUM, ROWS].
 
 x: the first token's, rows of `stride` elements. */
@@ -72,7 +61,9 @@ INLINE void multiply_panel(
         for (int token = 0; token < NUM; token++) {
             floats input = broadcast(x, token * stride + i, element);
             for (int v = 0; v < VECTORS; v++)
-                products[token][v] = add(products[token][v], weights[v], input, dtype);
+                if (dtype == BFLOAT16)
+                    products[token][v] = add_pairs(products[token][v], weights[v], input);
+                else products[token][v] += weights[v] * input;
         }
     }
     for (int token = 0; token < NUM; token++)

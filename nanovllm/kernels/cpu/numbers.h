@@ -102,6 +102,16 @@ INLINE float sum(floats x) {
     return total;
 }
 
+/* Adds products of pairs of bfloat16, each pair in the place of a number. */
+INLINE floats add_pairs(floats sum, floats x, floats y) {
+#if HAS_PAIRS
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+    sum += (floats)((ints)x << 16) * (floats)((ints)y << 16);
+    return sum + (floats)((ints)x & 0xffff0000) * (floats)((ints)y & 0xffff0000);
+#endif
+}
+
 /* e^x of x <= 0, or NaN: 2^n, n the nearest integer, times a polynomial of what is left. */
 INLINE floats exp_of(floats x) {
     const float shift = 0x1.8p23f; /* added to a number, it leaves its integer in the lowest bits */

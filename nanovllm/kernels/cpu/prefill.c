@@ -22,15 +22,11 @@ struct paged_prefill {
     enum dtype dtype, cache_dtype;
 };
 
-/* pairs: units are that, as they can be only if HAS_PAIRS. */
+/* pairs: units are that, as they are only if HAS_PAIRS. */
 INLINE floats add_product(floats sum, floats column, uint32_t unit, int pairs) {
-#if HAS_PAIRS
-    __m512bh two = (__m512bh)_mm512_set1_epi32(unit);
-    if (pairs) return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)column, two);
-#else
-    (void)pairs;
-#endif
-    return sum + column * (floats)((ints){} + unit);
+    floats row = (floats)((ints){} + unit);
+    if (pairs) return add_pairs(sum, column, row);
+    return sum + column * row;
 }
 
 /* Of rows x [ROWS, num_units] and columns panel [num_units, WIDTH]. */
