@@ -2,6 +2,7 @@
 
 import json
 import logging
+import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -869,3 +870,37 @@ def test_qwen2_has_biases_on_q_k_and_v_alone(has_bias: bool) -> None:
     """Whatever attention_bias says."""
     config = model_config(architectures=["Qwen2ForCausalLM"], attention_bias=has_bias)
     assert (config.qkv_bias, config.output_bias, config.qk_norm) == (True, False, False)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4097])
+def test_a_copy_in_large_pages(num_rows: int) -> None:
+    """Contiguous, on the CPU whatever the default device, and where it is large, so asked for."""
+    x = torch.randn(513, num_rows, dtype=torch.bfloat16).T
+    with torch.device("meta"):
+        copy = memory.in_large_pages(x)
+    assert copy.is_contiguous()
+    assert torch.equal(copy, x)
+    assert is_in_large_pages(copy) == (num_rows > 1 and hasattr(mmap, "MADV_HUGEPAGE"))
+
+
+def test_a_kernel_without_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1, raising=False)  # refused, as there
+    x = torch.randn(1024, 1024)
+    copy = memory.in_large_pages(x)
+    assert torch.equal(copy, x)
+    assert copy.data_ptr() != x.data_ptr()
+    assert not is_in_large_pages(copy)
+
+
+def is_in_large_pages(x: torch.Tensor) -> bool:
+    """If the kernel was asked for them, by the flags of the mapping that x lies in."""
+    maps = Path("/proc/self/smaps")
+    if not maps.exists():
+        return False
+    within = False
+    for line in maps.read_text(errors="replace").splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            within = int(found[1], 16) <= x.data_ptr() < int(found[2], 16)
+        elif within and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    return False

@@ -18,6 +18,7 @@ from torch import Tensor
 from nanovllm import kernels
 from nanovllm.layers.products import LinearInputs, ProductTable, finished
 from nanovllm.utils.device import has_matrix_unit, multiplies_bfloat16
+from nanovllm.utils.memory import in_large_pages
 
 OPERATORS = "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"
 GROUPS = (128, 64, 32)  # inputs that may share a scale, the best first; the operator takes no less
@@ -248,7 +249,9 @@ def packed(weight: Tensor, groups: Groups) -> Int4Weight | Tensor:
     if not matrices:
         return torch.stack([matrix for matrix in found if isinstance(matrix, Tensor)])
     values, scales = ([getattr(m, name) for m in matrices] for name in ("values", "scales"))
-    return Int4Weight(torch.stack(values), torch.stack(scales), matrices[0].num_rows)
+    return Int4Weight(
+        in_large_pages(torch.stack(values)), torch.stack(scales), matrices[0].num_rows
+    )
 
 
 def _packed(weight: Tensor, groups: Groups) -> Int4Weight | Tensor:
@@ -276,7 +279,8 @@ def _packed(weight: Tensor, groups: Groups) -> Int4Weight | Tensor:
     if step == 1:
         return torch.cat(values)[:num_rows].contiguous()
     dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    return Int4Weight(torch.cat(values), torch.cat(all_scales, dim=1).to(dtype), num_rows)
+    once = in_large_pages(torch.cat(values))
+    return Int4Weight(once, torch.cat(all_scales, dim=1).to(dtype), num_rows)
 
 
 def _scales(grouped: Tensor) -> Tensor:

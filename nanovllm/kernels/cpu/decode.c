@@ -17,12 +17,16 @@ struct tile {
     int64_t ahead; /* bytes to the tile after this one, if its blocks follow; else 0 */
 };
 
-/* What query heads that share a K/V head have found so far, weights relative to the peak. */
-struct found {
-    float *query, *sums, *peak, *total;
-};
+/* A processor foresees no more than the row that it reads. Next come the next head's row, and then
+the next tile's. */
+INLINE void fetch_ahead(
+    const struct tile *tile, const void *address, int d, int head_dim, enum dtype dtype) {
+    if (d * size_of(dtype) % 64) return;
+    __builtin_prefetch(at(address, head_dim, dtype), 0, 2);
+    __builtin_prefetch((const char *)address + tile->ahead, 0, 2);
+}
 
-/* Their products with a tile's keys. */
+/* Products of queries that share a K/V head with a tile's keys. */
 INLINE void multiply_keys(
     const struct tile *tile, const float *query, float products[][TILE], int head_dim,
     enum dtype dtype, const int NUM) {
@@ -33,17 +37,10 @@ INLINE void multiply_keys(
         for (int d = 0; d < head_dim; d += LANES)
             for (int j = 0; j < ABREAST; j++) {
                 const void *key = at(tile->keys[i + j], d, dtype);
-                const void *value = at(tile->values[i + j], d, dtype);
                 floats x = load(key, 0, dtype);
                 for (int q = 0; q < NUM; q++)
                     sums[j][q] += x * load(query, q * head_dim + d, FLOAT32);
-                if (d * size_of(dtype) % 64) continue;
-                /* A processor foresees no more than the row that it reads. Next comes the next
-                head, and then the next tile. */
-                __builtin_prefetch(at(key, head_dim, dtype), 0, 2);
-                __builtin_prefetch(at(value, head_dim, dtype), 0, 2);
-                __builtin_prefetch((const char *)key + tile->ahead, 0, 2);
-                __builtin_prefetch((const char *)value + tile->ahead, 0, 2);
+                fetch_ahead(tile, key, d, head_dim, dtype);
             }
         for (int j = 0; j < ABREAST; j++)
             for (int q = 0; q < NUM; q++) products[q][i + j] = sum(sums[j][q]);
@@ -60,7 +57,9 @@ INLINE void add_values(
             sums[j][q] = load(all_sums, q * head_dim + first + j * LANES, FLOAT32);
     for (int i = 0; i < tile->num_keys; i++)
         for (int j = 0; j < WIDTH; j++) {
-            floats x = load(tile->values[i], first + j * LANES, dtype);
+            const void *value = at(tile->values[i], first + j * LANES, dtype);
+            floats x = load(value, 0, dtype);
+            fetch_ahead(tile, value, first + j * LANES, head_dim, dtype);
             for (int q = 0; q < NUM; q++) sums[j][q] += x * weights[q][i];
         }
     for (int j = 0; j < WIDTH; j++)
@@ -68,24 +67,23 @@ INLINE void add_values(
             store(all_sums, q * head_dim + first + j * LANES, sums[j][q], FLOAT32);
 }
 
-/* Attend to one more tile. */
+/* Attend to one more tile. The queries' sums lie side by side. */
 INLINE void attend_tile(
-    const struct tile *tile, struct found found, int head_dim, enum dtype dtype, const int NUM) {
+    const struct tile *tile, const float *query, struct found *found, int head_dim, float scale,
+    enum dtype dtype, const int NUM) {
     float weights[MOST][TILE];
-    multiply_keys(tile, found.query, weights, head_dim, dtype, NUM);
+    multiply_keys(tile, query, weights, head_dim, dtype, NUM);
     int n = tile->num_keys;
     for (int q = 0; q < NUM; q++) {
         for (int i = 0; i < n && tile->key_factors; i++) weights[q][i] *= tile->key_factors[i];
-        float rescale = weigh(weights[q], n, TILE, found.peak + q, found.total + q);
-        for (int d = q * head_dim; d < (q + 1) * head_dim && rescale != 1; d += LANES)
-            store(found.sums, d, load(found.sums, d, FLOAT32) * rescale, FLOAT32);
+        weigh(weights[q], n, TILE, scale, found + q, head_dim, FLOAT32);
         for (int i = 0; i < n && tile->value_factors; i++) weights[q][i] *= tile->value_factors[i];
     }
     int first = 0;
     for (; first + 4 * LANES <= head_dim; first += 4 * LANES)
-        add_values(tile, weights, found.sums, head_dim, first, dtype, NUM, 4);
+        add_values(tile, weights, found->sums, head_dim, first, dtype, NUM, 4);
     for (; first < head_dim; first += LANES)
-        add_values(tile, weights, found.sums, head_dim, first, dtype, NUM, 1);
+        add_values(tile, weights, found->sums, head_dim, first, dtype, NUM, 1);
 }
 
 struct paged_decode {
@@ -108,12 +106,13 @@ INLINE void attend(
     int64_t stride = (int64_t)step->num_kv_heads * head_dim;
     const int32_t *table = step->block_tables + seq * step->table_stride;
     float query[num_queries * head_dim], sums[num_queries * head_dim];
-    float peak[num_queries], total[num_queries];
-    for (int q = 0; q < num_queries; q++) peak[q] = -INFINITY, total[q] = 0;
+    struct found found[num_queries];
+    for (int q = 0; q < num_queries; q++)
+        found[q] = (struct found){.sums = sums + q * head_dim, .peak = -INFINITY};
     memset(sums, 0, sizeof sums);
     for (int d = 0; d < num_queries * head_dim; d += LANES) {
         int64_t from = seq * step->query_stride + first_query + d;
-        store(query, d, load(step->query, from, step->dtype) * step->scale, FLOAT32);
+        store(query, d, load(step->query, from, step->dtype), FLOAT32);
     }
     for (int start = 0; start < len; start += TILE) {
         struct tile tile = {.num_keys = len - start < TILE ? len - start : TILE};
@@ -136,18 +135,17 @@ INLINE void attend(
                 tile.value_factors = value_factors;
             }
             int q = head * num_sharing, end = q + num_sharing;
-#define TAKE(NUM)                                                                           \
-    for (; q + NUM <= end; q += NUM) {                                                      \
-        struct found found = {query + q * head_dim, sums + q * head_dim, peak + q, total + q}; \
-        attend_tile(&tile, found, head_dim, dtype, NUM);                                    \
-    }
+#define TAKE(NUM)                                    \
+    for (; q + NUM <= end; q += NUM)                 \
+        attend_tile(                                 \
+            &tile, query + q * head_dim, found + q, head_dim, step->scale, dtype, NUM);
             TAKE(4)
             TAKE(2)
             TAKE(1)
         }
     }
     for (int d = 0; d < num_queries * head_dim; d += LANES) {
-        float share = total[d / head_dim] == 0 ? 0 : 1 / total[d / head_dim];
+        float total = found[d / head_dim].total, share = total == 0 ? 0 : 1 / total;
         int64_t to = seq * stride * num_sharing + first_query + d;
         store(step->out, to, load(sums, d, FLOAT32) * share, step->dtype);
     }

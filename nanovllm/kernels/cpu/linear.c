@@ -3,9 +3,6 @@
 #include "norm.h"
 #include "products.h"
 
-/* Rows of a panel, whose sums of ABREAST tokens fill the registers. */
-#define VECTORS (LANES == 16 ? 4 : 2)
-#define ROWS (VECTORS * LANES)
 /* Inputs after which the next tokens take their turn, while a panel's part is in the cache. */
 #define INPUTS 512
 /* Tokens whose sums with a panel stay in the cache, and fewest that are worth a thread. */
@@ -30,63 +27,6 @@ int linear_rows(void) { return ROWS; }
 
 /* True if products of bfloat16 are the processor's own, not made of float32's. */
 int linear_has_pairs(void) { return HAS_PAIRS; }
-
-/* One element, in all lanes; a pair of bfloat16 counts as one. */
-INLINE floats broadcast(const void *x, int64_t index, enum dtype dtype) {
-    if (dtype == FLOAT16) return ((const _Float16 *)x)[index] - (floats){};
-    return (floats)(((const uint32_t *)x)[index] + (ints){});
-}
-
-/* Products of NUM tokens' inputs with a part of a panel are added to sums [NUM, ROWS].
-
-x: the first token's, rows of `stride` elements. */
-INLINE void multiply_panel(
-    const void *x, int64_t stride, const void *panel, int num_inputs, float (*sums)[ROWS],
-    enum dtype dtype, const int NUM) {
-    floats products[ABREAST][VECTORS];
-    for (int token = 0; token < NUM; token++)
-        for (int v = 0; v < VECTORS; v++)
-            products[token][v] = load(sums[token], v * LANES, FLOAT32);
-    /* Two inputs of bfloat16 are one element. */
-    int size = dtype == BFLOAT16 ? num_inputs / 2 : num_inputs;
-    enum dtype element = dtype == BFLOAT16 ? FLOAT32 : dtype;
-    stride = dtype == BFLOAT16 ? stride / 2 : stride;
-    for (int i = 0; i < size; i++) {
-        floats weights[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            int64_t index = (int64_t)i * ROWS + v * LANES;
-            FETCH(at(panel, index, element));
-            weights[v] = load(panel, index, element);
-        }
-        for (int token = 0; token < NUM; token++) {
-            floats input = broadcast(x, token * stride + i, element);
-            for (int v = 0; v < VECTORS; v++)
-                if (dtype == BFLOAT16)
-                    products[token][v] = add_pairs(products[token][v], weights[v], input);
-                else products[token][v] += weights[v] * input;
-        }
-    }
-    for (int token = 0; token < NUM; token++)
-        for (int v = 0; v < VECTORS; v++)
-            store(sums[token], v * LANES, products[token][v], FLOAT32);
-}
-
-/* One for each number of tokens: inlined into one function, they would keep sums in memory. */
-typedef void multiply(const void *, int64_t, const void *, int, float (*)[ROWS]);
-#define MULTIPLY(DTYPE, NUM)                                                                   \
-    static __attribute__((noinline)) void multiply_##DTYPE##_##NUM(                            \
-        const void *x, int64_t stride, const void *panel, int num_inputs, float (*sums)[ROWS]) { \
-        multiply_panel(x, stride, panel, num_inputs, sums, DTYPE, NUM);                        \
-    }
-#define MULTIPLY_ANY(DTYPE)                                                            \
-    MULTIPLY(DTYPE, 1) MULTIPLY(DTYPE, 2) MULTIPLY(DTYPE, 3)                           \
-    MULTIPLY(DTYPE, 4) MULTIPLY(DTYPE, 5) MULTIPLY(DTYPE, 6)                           \
-    static multiply *const BY_NUMBER_##DTYPE[ABREAST + 1] = {                          \
-        NULL, multiply_##DTYPE##_1, multiply_##DTYPE##_2, multiply_##DTYPE##_3,        \
-        multiply_##DTYPE##_4, multiply_##DTYPE##_5, multiply_##DTYPE##_6};
-MULTIPLY_ANY(FLOAT32)
-MULTIPLY_ANY(FLOAT16)
-MULTIPLY_ANY(BFLOAT16)
 
 INLINE floats silu(floats x) {
     floats small = exp_of(where((ints)(x > 0.0f), -x, x));
@@ -142,11 +82,9 @@ INLINE void finish_row(
 
 /* A panel's part of the outputs of `num` tokens from one on; x: the layer's inputs, normed. */
 INLINE void run_panel(
-    const struct linear *step, const void *x, int panel, int first, int num,
-    multiply *const *by_number, enum dtype dtype) {
+    const struct linear *step, const void *x, int panel, int first, int num, enum dtype dtype) {
     int num_inputs = step->num_inputs;
     float sums[num][ROWS];
-    memset(sums, 0, sizeof sums);
     for (int input = 0; input < num_inputs; input += INPUTS) {
         int size = num_inputs - input < INPUTS ? num_inputs - input : INPUTS;
         int64_t place = ((int64_t)panel * num_inputs + input) * ROWS;
@@ -155,15 +93,14 @@ INLINE void run_panel(
             abreast = num_abreast(num - token);
             const void *inputs = at(x, (int64_t)(first + token) * num_inputs + input, dtype);
             if (input + size == num_inputs) fetch_rows(step, panel, first + token, abreast, dtype);
-            by_number[abreast](inputs, num_inputs, part, size, sums + token);
+            MULTIPLY[dtype][abreast](inputs, num_inputs, part, size, sums[token], ROWS, input > 0);
         }
     }
     for (int token = 0; token < num; token++)
         finish_row(step, panel, first + token, sums[token], dtype);
 }
 
-INLINE void run(
-    const struct linear *step, int num_threads, multiply *const *by_number, enum dtype dtype) {
+INLINE void run(const struct linear *step, int num_threads, enum dtype dtype) {
     int num_tokens = step->num_tokens, num = step->is_gated ? ROWS / 2 : ROWS;
     int num_panels = (step->num_out + num - 1) / num;
     /* Parts of the tokens, so many that all threads have some. */
@@ -188,12 +125,12 @@ INLINE void run(
             for (int panel = 0; panel < num_panels; panel++) {
                 int first = part * size, left = num_tokens - first;
                 if (left > 0)
-                    run_panel(step, x, panel, first, left < size ? left : size, by_number, dtype);
+                    run_panel(step, x, panel, first, left < size ? left : size, dtype);
             }
     }
 }
 
 void linear(const struct linear *step, int num_threads) {
-#define RUN(DTYPE) run(step, num_threads, BY_NUMBER_##DTYPE, DTYPE)
+#define RUN(DTYPE) run(step, num_threads, DTYPE)
     BY_DTYPE(step->dtype, RUN)
 }

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.cpu.build import DTYPES, call, fields, library
+from nanovllm.utils.memory import in_large_pages
 
 
 def has_pairs() -> bool:
@@ -36,7 +37,7 @@ def panels(weight: Tensor, is_gated: bool = False) -> Tensor:
     ordered = parts.unflatten(1, (-1, rows)).transpose(0, 1).flatten(1, 2)
     if weight.dtype == torch.bfloat16:  # copied two at a time
         ordered = ordered.view(torch.int32)
-    ordered = ordered.transpose(1, 2).contiguous()
+    ordered = in_large_pages(ordered.transpose(1, 2))
     return ordered.view(weight.dtype).view(len(ordered), weight.size(1), -1)
 
 

@@ -13,13 +13,13 @@ round. Functions that are handed a dtype to compile for are inlined, once for ea
 
 /* True if a processor multiplies pairs of bfloat16. */
 #ifdef __AVX512BF16__
-#include <immintrin.h>
 #define HAS_PAIRS 1
 #else
 #define HAS_PAIRS 0
 #endif
 
 #ifdef __AVX512F__
+#include <immintrin.h>
 #define LANES 16
 #else
 #define LANES 8
@@ -50,12 +50,20 @@ INLINE floats where(ints holds, floats yes, floats no) {
     return (floats)(((ints)yes & holds) | ((ints)no & ~holds));
 }
 
+INLINE ints widened(shorts x) {
+#ifdef __AVX512F__
+    return (ints)_mm512_cvtepu16_epi32((__m256i)x); /* GCC's own takes five instructions */
+#else
+    return __builtin_convertvector(x, ints);
+#endif
+}
+
 /* LANES elements from one on. */
 INLINE floats load(const void *array, int64_t index, enum dtype dtype) {
     const void *x = at(array, index, dtype);
     if (dtype == FLOAT32) return *(const floats *)x;
     if (dtype == FLOAT16) return __builtin_convertvector(*(const halves *)x, floats);
-    if (dtype == BFLOAT16) return (floats)(__builtin_convertvector(*(const shorts *)x, ints) << 16);
+    if (dtype == BFLOAT16) return (floats)(widened(*(const shorts *)x) << 16);
     /* Sign, exponent and mantissa of e4m3 at their places in float32, whose bias is 120 more. */
     ints bits = __builtin_convertvector(*(const bytes *)x, ints);
     return (floats)((bits & 0x80) << 24 | (bits & 0x7f) << 20) * 0x1p120f;
@@ -84,7 +92,7 @@ INLINE void store(void *array, int64_t index, floats x, enum dtype dtype) {
 INLINE floats rounded(floats x, enum dtype dtype) {
     if (dtype == FLOAT16)
         return __builtin_convertvector(__builtin_convertvector(x, halves), floats);
-    if (dtype == BFLOAT16) return (floats)(__builtin_convertvector(to_bfloat16(x), ints) << 16);
+    if (dtype == BFLOAT16) return (floats)(widened(to_bfloat16(x)) << 16);
     return x;
 }
 
@@ -100,6 +108,16 @@ INLINE float sum(floats x) {
     float total = 0;
     for (int i = 0; i < LANES / 4; i++) total += rest[i];
     return total;
+}
+
+INLINE float maximum(floats x) {
+    for (int step = LANES / 2; step; step /= 2) {
+        signed_ints other;
+        for (int i = 0; i < LANES; i++) other[i] = i ^ step;
+        floats y = __builtin_shuffle(x, other);
+        x = where((ints)(y > x), y, x);
+    }
+    return x[0];
 }
 
 /* Adds products of pairs of bfloat16, each pair in the place of a number. */

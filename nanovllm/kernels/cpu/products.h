@@ -1,13 +1,29 @@
-/* What products of dense and of int4 weights have in common. */
+/* Products of tokens with panels of a matrix. */
 
 #pragma once
 
+#include "numbers.h"
+
 /* Tokens side by side, whose sums fill the registers. */
 #define ABREAST 6
+/* Rows of a matrix that make a panel, and the vectors that hold them. */
+#define VECTORS (LANES == 16 ? 4 : 2)
+#define ROWS (VECTORS * LANES)
 /* Bytes that a weight is fetched ahead of its turn, into the second cache: across pages, where the
 processor does not by itself. */
 #define AHEAD 65536
 #define FETCH(address) __builtin_prefetch((const char *)(address) + AHEAD, 0, 2)
+
+/* Products of some tokens' inputs with a part of a panel are summed up, or added to sums there are.
+
+x: the first token's, rows of x_stride elements. panel: input after input, each with ROWS elements;
+of bfloat16, pair of inputs after pair, a row's two side by side. sums: rows of sums_stride. */
+typedef void multiply(
+    const void *x, int64_t x_stride, const void *panel, int num_inputs, float *sums,
+    int64_t sums_stride, int adds);
+
+/* By dtype, up to BFLOAT16, and number of tokens. */
+extern __attribute__((visibility("hidden"))) multiply *const MULTIPLY[3][ABREAST + 1];
 
 /* How many of those left to take next: about as many each time, since few would wait for their own
 sums. */
