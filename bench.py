@@ -32,6 +32,7 @@ from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.device import resolve_device, resolve_dtype
 from nanovllm.utils.loader import read_model_config, resolve_model_dir
+from nanovllm.utils.memory import in_large_pages
 from nanovllm.utils.timer import Timer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -115,6 +116,8 @@ class Machine:
 def _read_bandwidth(device: torch.device, num_bytes: int) -> float:
     """Bytes a second over a buffer of `num_bytes`: read, or read and written, what is faster."""
     source = torch.randn(num_bytes // 4, device=device)
+    if device.type == "cpu":
+        source = in_large_pages(source)  # as weights lie
     target = torch.empty_like(source)
     read_s = seconds(device, lambda: source.sum())
     copy_s = seconds(device, lambda: target.copy_(source))

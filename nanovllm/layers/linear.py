@@ -16,7 +16,7 @@ from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.fp8 import fp8_table
 from nanovllm.layers.int4 import Int4Weight, int4_table
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.products import LinearInputs, ProductTable, pack, product_table
+from nanovllm.layers.products import LinearInputs, ProductTable, pack, product_for, product_table
 from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.utils.parallel import RankGroup
 from nanovllm.utils.quantization import Fp8Rows, Fp8Weight, Target, own_targets
@@ -78,8 +78,8 @@ class Linear(StoredWeight):
             norm: what x goes through first.
         """
         assert not (self.is_gated and (residual is not None or out is not None))
-        num_tokens = x.shape[0]  # len of a tensor takes several times as long
-        product = next(p for most, p in self.products.items() if num_tokens <= most)
+        # len of a tensor takes several times as long as its shape
+        product = product_for(x.shape[0], self.products)
         return product(LinearInputs(x, self.weight, self.act, self.bias, norm, residual, out))
 
 

@@ -17,6 +17,7 @@ from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.int4 import Int4Weight
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.products import product_for
 from nanovllm.layers.stored_weight import StoredWeight
 from nanovllm.model_config import ModelConfig
 from nanovllm.utils.parallel import RankGroup
@@ -149,7 +150,7 @@ class MoE(nn.Module):
 
         Every rank routes for itself, to the same experts, and has a part of each expert's MLP.
         """
-        run = next(run for most, run in self.products.items() if len(x) <= most)
+        run = product_for(len(x), self.products)
         residual = x if self.group.rank == 0 else None
         out = self.group.output(len(x), x.size(1), x.dtype)
         return self.group.all_reduce(run(ExpertInputs(x, norm, residual, out)))

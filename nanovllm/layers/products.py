@@ -7,7 +7,7 @@ many launches that makes. `product_table` is the one place that tells which of t
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from nanovllm import kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.device import has_matrix_unit, multiplies_bfloat16, uses_onednn
 from nanovllm.utils.quantization import Fp8Rows
+
+T = TypeVar("T")
 
 
 class LinearInputs(NamedTuple):
@@ -47,6 +49,14 @@ class LinearInputs(NamedTuple):
 Product = Callable[[LinearInputs], Tensor | Fp8Rows]
 # By the most tokens that each product is for, in order; the last is for any number.
 ProductTable = dict[float, Product]
+
+
+def product_for(num_tokens: int, products: Mapping[float, T]) -> T:
+    """The entry of a table by the most tokens that so many are for."""
+    for most, product in products.items():  # faster than next(...), once for each layer
+        if num_tokens <= most:
+            return product
+    raise AssertionError("the last is for any number")
 
 
 def first_sizes(products: Mapping[float, object]) -> set[int]:
@@ -103,10 +113,8 @@ def rounded_rows(num_rows: int) -> int:
     return -(-num_rows // step) * step
 
 
-def by_panels(inputs: LinearInputs, num_out: int) -> Tensor:
+def by_panels(inputs: LinearInputs, linear: Callable[..., Tensor], num_out: int) -> Tensor:
     """The kernel in C, of a weight in panels: all in one launch."""
-    from nanovllm.kernels.cpu.linear import linear
-
     x, weight, act, bias, norm, residual, out = inputs
     assert isinstance(x, Tensor)
     norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
@@ -213,7 +221,9 @@ def product_table(
         Of a kernel that is compiled differently for more tokens, each form has its entry.
     """
     if is_panels(weight):
-        return {math.inf: partial(by_panels, num_out=num_out)}
+        from nanovllm.kernels.cpu.linear import linear
+
+        return {math.inf: partial(by_panels, linear=linear, num_out=num_out)}
     if weight.is_mkldnn:
         return {math.inf: onednn}
     if not kernels.usable(weight.device) or (is_gated and has_bias):

@@ -1,22 +1,19 @@
 """Causal attention. Twin: nanovllm.layers.torch_attention."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.cpu.build import DTYPES, call, fields
+from nanovllm.kernels.cpu.build import DTYPES, call, layout
 
 PANEL = 64  # keys, and columns of values, that scratch memory is taken for at a time
 
 
-class _Decode(ctypes.Structure):
-    _fields_ = fields(
-        pointer="query k_cache v_cache k_scales v_scales block_tables lens out",
-        long="query_stride table_stride",
-        real="scale",
-        integer="num_seqs num_kv_heads num_sharing head_dim block_size dtype cache_dtype",
-    )
+DECODE = layout(
+    pointer="query k_cache v_cache k_scales v_scales block_tables lens out",
+    long="query_stride table_stride",
+    real="scale",
+    integer="num_seqs num_kv_heads num_sharing head_dim block_size dtype cache_dtype",
+)
 
 
 def paged_decode(
@@ -51,7 +48,7 @@ def paged_decode(
     block_size, num_kv_heads = k_cache.shape[1:3]
     out = query.new_empty(query.shape)
     call(
-        *("paged_decode", _Decode, query, *caches, block_tables, context_lens, out),
+        *("paged_decode", DECODE, query, *caches, block_tables, context_lens, out),
         *(query.stride(0), block_tables.stride(0), scale),
         *(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim, block_size),
         *(DTYPES[query.dtype], DTYPES[k_cache.dtype]),
@@ -59,14 +56,12 @@ def paged_decode(
     return out
 
 
-class _Prefill(ctypes.Structure):
-    _fields_ = fields(
-        pointer="query keys values k_scales v_scales block_table out key_panels value_panels",
-        long="query_stride key_stride",
-        real="scale",
-        integer="num_queries num_keys num_kv_heads num_sharing head_dim block_size"
-        " dtype cache_dtype",
-    )
+PREFILL = layout(
+    pointer="query keys values k_scales v_scales block_table out key_panels value_panels",
+    long="query_stride key_stride",
+    real="scale",
+    integer="num_queries num_keys num_kv_heads num_sharing head_dim block_size dtype cache_dtype",
+)
 
 
 def paged_prefill(
@@ -104,7 +99,7 @@ def paged_prefill(
     num_padded = -(-num_keys // PANEL) * PANEL, -(-head_dim // PANEL) * PANEL
     panels = torch.empty(2, num_kv_heads, *num_padded, dtype=torch.float32, device=out.device)
     call(
-        *("paged_prefill", _Prefill, query, keys, values, k_scales, v_scales, block_table, out),
+        *("paged_prefill", PREFILL, query, keys, values, k_scales, v_scales, block_table, out),
         *(*panels, query.stride(0), key_stride, scale),
         *(num_queries, num_keys, num_kv_heads, num_heads // num_kv_heads, head_dim, block_size),
         *(DTYPES[query.dtype], DTYPES[keys.dtype]),

@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -31,14 +32,13 @@ ROW_STEP = 32
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 
 
-def fields(pointer: str = "", long: str = "", real: str = "", integer: str = "") -> list[Any]:
-    """Of a struct whose members stand in this order: names of pointers, int64s, floats, ints."""
-    types = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+def layout(pointer: str = "", long: str = "", real: str = "", integer: str = "") -> struct.Struct:
+    """Of a C struct whose members are, in this order, pointers, int64s, floats and ints."""
     groups = pointer, long, real, integer
-    return [(n, kind) for kind, names in zip(types, groups, strict=True) for n in names.split()]
+    return struct.Struct("".join(c * len(g.split()) for c, g in zip("Pqfi", groups, strict=True)))
 
 
-def call(kernel: str, kind: type[ctypes.Structure], *members: Any) -> None:
+def call(kernel: str, kind: struct.Struct, *members: Any) -> None:
     """Run a kernel, on as many threads as torch uses.
 
     Args:
@@ -46,13 +46,12 @@ def call(kernel: str, kind: type[ctypes.Structure], *members: Any) -> None:
     """
     found = library()
     assert found is not None
-    what = kind(*map(_value, members))
-    getattr(found, kernel)(ctypes.byref(what), ctypes.c_int(torch.get_num_threads()))
+    getattr(found, kernel)(kind.pack(*map(_value, members)), torch.get_num_threads())
 
 
 def _value(member: Any) -> Any:
     if not isinstance(member, Tensor):
-        return member
+        return 0 if member is None else member
     assert member.is_cpu
     return member.data_ptr()
 

@@ -3,16 +3,12 @@
 Twins: nanovllm.layers.layernorm, .attention.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.cpu.build import DTYPES, call, fields
+from nanovllm.kernels.cpu.build import DTYPES, call, layout
 
-
-class _Norm(ctypes.Structure):
-    _fields_ = fields(pointer="x weight out", long="num_rows", real="eps", integer="size dtype")
+NORM = layout(pointer="x weight out", long="num_rows", real="eps", integer="size dtype")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -26,17 +22,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     size = x.size(-1)
-    call("rms_norm", _Norm, x, weight, out, x.numel() // size, eps, size, DTYPES[x.dtype])
+    call("rms_norm", NORM, x, weight, out, x.numel() // size, eps, size, DTYPES[x.dtype])
     return out
 
 
-class _Store(ctypes.Structure):
-    _fields_ = fields(
-        pointer="qkv q_weight k_weight cos_sin positions k_cache v_cache slots k_scales v_scales",
-        long="num_tokens",
-        real="eps",
-        integer="num_heads num_kv_heads head_dim dtype",
-    )
+STORE = layout(
+    pointer="qkv q_weight k_weight cos_sin positions k_cache v_cache slots k_scales v_scales",
+    long="num_tokens",
+    real="eps",
+    integer="num_heads num_kv_heads head_dim dtype",
+)
 
 
 def qk_norm_rope_store(
@@ -75,7 +70,7 @@ def qk_norm_rope_store(
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
     num_tokens, _, head_dim = heads.shape
     call(
-        *("qk_norm_rope_store", _Store, qkv, q_weight, k_weight, cos_sin, positions),
+        *("qk_norm_rope_store", STORE, qkv, q_weight, k_weight, cos_sin, positions),
         *(caches if k_cache.numel() else (None,) * 5),
         *(num_tokens, eps, num_heads, num_kv_heads, head_dim, DTYPES[qkv.dtype]),
     )

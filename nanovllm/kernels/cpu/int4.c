@@ -76,7 +76,7 @@ INLINE void multiply_panel(
     for (int token = 0; token < NUM; token++)
         for (int v = 0; v < 4; v++) products[token][v] = _mm512_setzero_ps();
     for (int i = 0; i < panel->num_pairs; i++) {
-        if (turn != LATER) FETCH(panel->codes + 64 * i);
+        if (turn == FIRST) __builtin_prefetch(panel->codes + 64 * i + AHEAD, 0, 2);
         struct pair pair =
             turn == LATER ? panel->pairs[i] : pair_of(panel->codes + 64 * i, numbers);
         if (turn == FIRST) panel->pairs[i] = pair;

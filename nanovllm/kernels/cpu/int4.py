@@ -1,10 +1,8 @@
 """Products of int4 weights. Twin: nanovllm.layers.int4."""
 
-import ctypes
-
 from torch import Tensor
 
-from nanovllm.kernels.cpu.build import call, fields, library
+from nanovllm.kernels.cpu.build import call, layout, library
 
 # Tokens at a time, whose sums stay in the cache.
 MOST_TOKENS = 512
@@ -15,12 +13,11 @@ def has_int4() -> bool:
     return hasattr(library(), "int4_linear")
 
 
-class _Linear(ctypes.Structure):
-    _fields_ = fields(
-        pointer="x values scales bias residual out scratch",
-        long="group_stride",
-        integer="num_tokens num_rows num_out num_inputs group_size",
-    )
+LINEAR = layout(
+    pointer="x values scales bias residual out scratch",
+    long="group_stride",
+    integer="num_tokens num_rows num_out num_inputs group_size",
+)
 
 
 def int4_linear(
@@ -56,5 +53,5 @@ def int4_linear(
         more = None if residual is None else residual[some]
         tensors = x[some], values, scales, bias, more, out[some], scratch
         num = min(num_tokens - start, MOST_TOKENS)
-        call("int4_linear", _Linear, *tensors, scales.stride(0), num, *sizes)
+        call("int4_linear", LINEAR, *tensors, scales.stride(0), num, *sizes)
     return out

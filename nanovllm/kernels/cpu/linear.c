@@ -83,7 +83,7 @@ INLINE void finish_row(
 /* A panel's part of the outputs of `num` tokens from one on; x: the layer's inputs, normed. */
 INLINE void run_panel(
     const struct linear *step, const void *x, int panel, int first, int num, enum dtype dtype) {
-    int num_inputs = step->num_inputs;
+    int num_inputs = step->num_inputs, ahead = num > ABREAST ? AHEAD : 0;
     float sums[num][ROWS];
     for (int input = 0; input < num_inputs; input += INPUTS) {
         int size = num_inputs - input < INPUTS ? num_inputs - input : INPUTS;
@@ -93,7 +93,8 @@ INLINE void run_panel(
             abreast = num_abreast(num - token);
             const void *inputs = at(x, (int64_t)(first + token) * num_inputs + input, dtype);
             if (input + size == num_inputs) fetch_rows(step, panel, first + token, abreast, dtype);
-            MULTIPLY[dtype][abreast](inputs, num_inputs, part, size, sums[token], ROWS, input > 0);
+            MULTIPLY[dtype][abreast](
+                inputs, num_inputs, part, size, sums[token], ROWS, input > 0, ahead);
         }
     }
     for (int token = 0; token < num; token++)

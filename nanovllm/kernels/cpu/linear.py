@@ -1,12 +1,10 @@
 """Linear layers. Twin: nanovllm.layers.products.plain."""
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.cpu.build import DTYPES, call, fields, library
+from nanovllm.kernels.cpu.build import DTYPES, call, layout, library
 from nanovllm.utils.memory import in_large_pages
 
 
@@ -41,12 +39,11 @@ def panels(weight: Tensor, is_gated: bool = False) -> Tensor:
     return ordered.view(weight.dtype).view(len(ordered), weight.size(1), -1)
 
 
-class _Linear(ctypes.Structure):
-    _fields_ = fields(
-        pointer="x panels bias norm_weight residual normed out",
-        real="eps",
-        integer="num_tokens num_out num_inputs is_gated dtype",
-    )
+LINEAR = layout(
+    pointer="x panels bias norm_weight residual normed out",
+    real="eps",
+    integer="num_tokens num_out num_inputs is_gated dtype",
+)
 
 
 def linear(
@@ -81,5 +78,5 @@ def linear(
     assert all(t.is_contiguous() and t.dtype == x.dtype for t in tensors if t is not None)
     assert panels.size(1) == num_inputs
     sizes = num_tokens, num_out, num_inputs, is_gated, DTYPES[x.dtype]
-    call("linear", _Linear, *tensors, eps, *sizes)
+    call("linear", LINEAR, *tensors, eps, *sizes)
     return out

@@ -105,7 +105,7 @@ INLINE void attend_rows(
             for (int key = 0; key < n; key += ROWS) {
                 const uint32_t *panel = key_panels + panels_size(first + key, head_dim, pairs);
                 MULTIPLY[panel_dtype][num](
-                    query[row], head_dim, panel, head_dim, scores[0] + key, KEYS, 0);
+                    query[row], head_dim, panel, head_dim, scores[0] + key, KEYS, 0, 0);
             }
             for (int i = 0; i < num; i++) {
                 int own = num_visible[row + i] - first;
@@ -119,7 +119,7 @@ INLINE void attend_rows(
                     + panels_size(first, ROWS, pairs);
                 MULTIPLY[panel_dtype][num](
                     scores, KEYS * (1 + pairs), panel, round_up(n, 1 + pairs), sums[row] + d, width,
-                    first > 0);
+                    first > 0, 0);
             }
         }
     for (int row = 0; row < num_rows; row++) {

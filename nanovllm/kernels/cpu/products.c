@@ -8,7 +8,7 @@ INLINE floats broadcast(const void *x, int64_t index, enum dtype dtype) {
 
 INLINE void multiply_panel(
     const void *x, int64_t x_stride, const void *panel, int num_inputs, float *sums,
-    int64_t sums_stride, int adds, enum dtype dtype, const int NUM) {
+    int64_t sums_stride, int adds, int ahead, enum dtype dtype, const int NUM) {
     floats products[ABREAST][VECTORS];
     for (int token = 0; token < NUM; token++)
         for (int v = 0; v < VECTORS; v++)
@@ -21,9 +21,9 @@ INLINE void multiply_panel(
     for (int i = 0; i < size; i++) {
         floats weights[VECTORS];
         for (int v = 0; v < VECTORS; v++) {
-            int64_t index = (int64_t)i * ROWS + v * LANES;
-            FETCH(at(panel, index, element));
-            weights[v] = load(panel, index, element);
+            const char *address = at(panel, (int64_t)i * ROWS + v * LANES, element);
+            __builtin_prefetch(address + ahead, 0, 2);
+            weights[v] = load(address, 0, element);
         }
         for (int token = 0; token < NUM; token++) {
             floats input = broadcast(x, token * x_stride + i, element);
@@ -42,8 +42,9 @@ INLINE void multiply_panel(
 #define DEFINE(DTYPE, NUM)                                                                       \
     static __attribute__((noinline)) void multiply_##DTYPE##_##NUM(                              \
         const void *x, int64_t x_stride, const void *panel, int num_inputs, float *sums,         \
-        int64_t sums_stride, int adds) {                                                         \
-        multiply_panel(x, x_stride, panel, num_inputs, sums, sums_stride, adds, DTYPE, NUM);     \
+        int64_t sums_stride, int adds, int ahead) {                                              \
+        multiply_panel(                                                                          \
+            x, x_stride, panel, num_inputs, sums, sums_stride, adds, ahead, DTYPE, NUM);         \
     }
 #define DEFINE_ALL(DTYPE)                                                                        \
     DEFINE(DTYPE, 1) DEFINE(DTYPE, 2) DEFINE(DTYPE, 3)                                           \

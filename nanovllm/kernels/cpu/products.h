@@ -9,18 +9,18 @@
 /* Rows of a matrix that make a panel, and the vectors that hold them. */
 #define VECTORS (LANES == 16 ? 4 : 2)
 #define ROWS (VECTORS * LANES)
-/* Bytes that a weight is fetched ahead of its turn, into the second cache: across pages, where the
-processor does not by itself. */
+/* Bytes ahead that a weight is fetched, into the second cache, where several passes are made over
+each of its parts: memory would rest in all but the first. In one the processor does it better. */
 #define AHEAD 65536
-#define FETCH(address) __builtin_prefetch((const char *)(address) + AHEAD, 0, 2)
 
 /* Products of some tokens' inputs with a part of a panel are summed up, or added to sums there are.
 
 x: the first token's, rows of x_stride elements. panel: input after input, each with ROWS elements;
-of bfloat16, pair of inputs after pair, a row's two side by side. sums: rows of sums_stride. */
+of bfloat16, pair of inputs after pair, a row's two side by side; what lies so many bytes ahead is
+fetched. sums: rows of sums_stride. */
 typedef void multiply(
     const void *x, int64_t x_stride, const void *panel, int num_inputs, float *sums,
-    int64_t sums_stride, int adds);
+    int64_t sums_stride, int adds, int ahead);
 
 /* By dtype, up to BFLOAT16, and number of tokens. */
 extern __attribute__((visibility("hidden"))) multiply *const MULTIPLY[3][ABREAST + 1];

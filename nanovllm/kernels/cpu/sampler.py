@@ -1,20 +1,16 @@
 """From logits to token ids. Twin: nanovllm.layers.sampler."""
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.cpu.build import DTYPES, ROW_STEP, call, fields
+from nanovllm.kernels.cpu.build import DTYPES, ROW_STEP, call, layout
 
-
-class _Sample(ctypes.Structure):
-    _fields_ = fields(
-        pointer="logits temperatures thresholds seeds positions out",
-        long="stride first_id",
-        integer="num_rows vocab_size dtype",
-    )
+SAMPLE = layout(
+    pointer="logits temperatures thresholds seeds positions out",
+    long="stride first_id",
+    integer="num_rows vocab_size dtype",
+)
 
 
 def sample(
@@ -41,5 +37,5 @@ def sample(
     rows = temperatures, thresholds, seeds, positions
     tensors = logits, *(None if x is None else x.contiguous() for x in rows), out
     sizes = logits.stride(0), -1 if first_id is None else first_id, num_seqs, vocab_size
-    call("sample", _Sample, *tensors, *sizes, DTYPES[logits.dtype])
+    call("sample", SAMPLE, *tensors, *sizes, DTYPES[logits.dtype])
     return out
