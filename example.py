@@ -1,4 +1,4 @@
-"""Answer two prompts, with the tiny checkpoint in assets/ or any other Qwen3 or Qwen2 model."""
+"""Answer two prompts, with the tiny checkpoint in assets/ or any other model."""
 
 import argparse
 import logging

@@ -1,4 +1,4 @@
-"""nano-vLLM: a small, fast and readable inference library for Qwen3-class models."""
+"""nano-vLLM: a small, fast and readable library for LLM inference."""
 
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams

@@ -55,7 +55,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(slots=True)
 class Config:
-    """The options of one engine, named and defaulted as in nano-vllm, and what they resolve to.
+    """The options of one engine, named as in nano-vllm, and what they resolve to.
 
     Args:
         model: a local directory with config.json and safetensors, or a Hub repo id.
@@ -69,7 +69,8 @@ class Config:
         tensor_parallel_size: GPUs, or processes of a CPU, that share the model. It divides the
             model's heads, its MLPs' size and its vocabulary.
         kvcache_block_size: token positions in a KV block, a multiple of 16 (of 256 for flash_attn).
-        num_kvcache_blocks: size of the KV pool; -1: as much as the memory allows.
+        num_kvcache_blocks: size of the KV pool; -1: as much as the memory allows, on a CPU what all
+            sequences may take together, up to 4 GiB or a quarter of what is free, but for one.
         kv_cache_dtype: "auto" (the model's) or "fp8": K and V are rounded to e4m3 and take half of
             bfloat16's memory (see layers.kv_quantization). Not with flash_attn.
         eos: the one id that ends a sequence; -1: those of the tokenizer, config.json and
@@ -201,7 +202,7 @@ class Config:
 
 
 def check_pool_size(num_blocks: int, block_size: int, max_model_len: int) -> None:
-    """Raise ValueError if a pool of `num_blocks` cannot hold one sequence of `max_model_len`."""
+    """Raise ValueError if a pool of `num_blocks` is too small for one of `max_model_len`."""
     if num_blocks * block_size < max_model_len:
         raise ValueError(
             f"a KV pool of {num_blocks} blocks of {block_size} tokens is too small for one "

@@ -131,7 +131,7 @@ class SamplingParams:
 
     def _stop_strings(self) -> tuple[object, ...]:
         is_one = isinstance(self.stop, str)
-        strings = (self.stop,) if is_one else _require_tuple("stop", self.stop, "texts")
+        strings = (self.stop,) if is_one else _require_tuple("stop", self.stop, "texts, a text")
         for string in strings:
             if not isinstance(string, str):
                 raise TypeError(f"stop must be a text or a list of texts, got {string!r:.80} in it")

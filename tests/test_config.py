@@ -567,15 +567,20 @@ def test_on_a_cpu_the_pool_is_at_most_a_quarter_of_the_free_memory(
 
 
 def test_on_a_cpu_the_pool_is_at_most_4_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for one sequence, which may take half of what is free."""
     monkeypatch.setattr(memory, "free_cpu_memory", lambda: 1 << 40)
-    assert memory.cpu_pool_budget() == 4 << 30
+    assert memory.cpu_pool_budget(least=4 << 30) == 4 << 30
+    assert memory.cpu_pool_budget(least=5 << 30) == 5 << 30
+    monkeypatch.setattr(memory, "free_cpu_memory", lambda: 8 << 30)
+    assert memory.cpu_pool_budget(least=1 << 30) == 2 << 30
+    assert memory.cpu_pool_budget(least=5 << 30) == 4 << 30
 
 
 def test_too_little_free_memory_for_one_sequence_is_refused_with_what_would_fit(
     model_dir: ConfigFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block_bytes = 2 * 2 * 16 * 2 * 16 * 4
-    monkeypatch.setattr(memory, "free_cpu_memory", lambda: 4 * (6 * block_bytes))
+    monkeypatch.setattr(memory, "free_cpu_memory", lambda: 2 * (6 * block_bytes))
     expected = mentions("6 blocks of 16", "max_model_len=100", "7 blocks", "max_model_len <= 96")
     with pytest.raises(ValueError, match=expected):
         dummy(model_dir(), max_model_len=100, kvcache_block_size=16)

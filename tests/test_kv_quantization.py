@@ -333,7 +333,7 @@ def test_the_pool_counts_values_and_scales(
     """As many bytes hold nearly twice as many tokens as in bfloat16."""
     from nanovllm.engine import model_runner
 
-    monkeypatch.setattr(model_runner, "cpu_pool_budget", lambda: 1 << 20)
+    monkeypatch.setattr(model_runner, "cpu_pool_budget", lambda least: 1 << 20)
     caplog.set_level(logging.INFO, logger="nanovllm")
     num_blocks = {}
     for kind in ("auto", "fp8"):

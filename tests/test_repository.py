@@ -1,11 +1,14 @@
 """What the repository promises: commands that work, one version, lint and types."""
 
+import ast
 import inspect
+import io
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tokenize
 import tomllib
 import zipfile
 from pathlib import Path
@@ -69,6 +72,34 @@ def headings(page: Path) -> set[str]:
     """A page's headings as links name them."""
     names = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w -]", "", name).lower().replace(" ", "-") for name in names}
+
+
+def test_readme_counts_the_lines_of_code() -> None:
+    """To a twentieth, in the table of what to read; and says their sum."""
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| \d+ \| (`.*`) \| (\d+) \|", text, re.M)
+    assert len(rows) == 10
+    for names, stated in rows:
+        folder, *files = re.findall(r"`([^`]+)`", names)
+        if not folder.endswith("/"):
+            folder, files = "", [folder, *files]
+        paths = [ROOT / "nanovllm" / folder / f"{name.removesuffix('.py')}.py" for name in files]
+        assert sum(map(lines_of_code, paths)) == pytest.approx(int(stated), rel=0.05), names
+    assert f"request, {sum(int(stated) for _, stated in rows):,} lines:" in text
+
+
+def lines_of_code(path: Path) -> int:
+    """Without comments, empty lines and docstrings."""
+    source = path.read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    lines = {n for t in tokens if t.type not in blank for n in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
 
 
 def test_links_lead_to_files_and_headings() -> None:

@@ -126,8 +126,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": True}, TypeError, r"seed must be an int, got True"),
     ({"stop": ""}, ValueError, r"at least one character, got ''"),
     ({"stop": ["a", ""]}, ValueError, r"at least one character, got ''"),
-    ({"stop": 5}, TypeError, r"stop must be a list of texts, or None, got 5"),
-    ({"stop": b"a"}, TypeError, r"stop must be a list of texts, or None, got b'a'"),
+    ({"stop": 5}, TypeError, r"stop must be a list of texts, a text, or None, got 5"),
+    ({"stop": b"a"}, TypeError, r"stop must be a list of texts, a text, or None, got b'a'"),
     ({"stop": ["a", 5]}, TypeError, r"stop must be a text or a list of texts, got 5 in it"),
     ({"stop_token_ids": 5}, TypeError, r"stop_token_ids must be a list of ints, or None, got 5"),
     (

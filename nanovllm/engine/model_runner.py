@@ -229,7 +229,8 @@ class ModelRunner:
         block_bytes = self._bind_kv_cache(1)
         if budget is None:
             largest = self.config.max_num_seqs * self.blocks_per_seq
-            num_blocks = min(cpu_pool_budget() // block_bytes, largest)
+            budget_bytes = cpu_pool_budget(least=self.blocks_per_seq * block_bytes)
+            num_blocks = min(budget_bytes // block_bytes, largest)
         else:
             self._run_largest_prefill()
             later_bytes = budget.growth_of(self._capture_largest) if self._can_capture() else 0

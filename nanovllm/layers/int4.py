@@ -2,7 +2,7 @@
 
 Torch has an operator that multiplies by them. It keeps a matrix in blocks of rows, within a block
 input after input, the codes of two rows a byte; which two depends on the processor's instructions.
-The kernel in C, where it is usable, reads the same, and is faster from 8 tokens on.
+The kernel in C, where it is usable, reads the same, and is faster.
 """
 
 import math

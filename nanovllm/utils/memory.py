@@ -72,9 +72,10 @@ def return_freed_memory() -> None:
 
 
 def in_large_pages(x: Tensor) -> Tensor:
-    """A contiguous copy on the CPU, in pages of megabytes where the system has them.
+    """A contiguous copy on the CPU; a large one in pages of megabytes, where the system has them.
 
-    A processor looks up each page that it reads, so a weight takes a twentieth less time in them.
+    A processor looks up each page that it reads: of a weight in them it reads a tenth more a
+    second. What lies in a page that other memory shares is not in a large one.
     """
     copy = torch.empty(0, dtype=x.dtype, device="cpu")
     if x.nbytes >= LARGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
@@ -135,9 +136,14 @@ def require_memory(option: str, value: int, bytes_each: int, device: torch.devic
         )
 
 
-def cpu_pool_budget() -> int:
-    """Most bytes that a KV pool in main memory takes: 4 GiB or a quarter of what is free."""
-    return min(CPU_POOL_LIMIT, free_cpu_memory() // 4)
+def cpu_pool_budget(least: int) -> int:
+    """Most bytes that a KV pool in main memory takes: 4 GiB or a quarter of what is free.
+
+    Args:
+        least: bytes of one sequence, which may take half of what is free.
+    """
+    free = free_cpu_memory()
+    return max(min(CPU_POOL_LIMIT, free // 4), min(least, free // 2))
 
 
 @dataclass

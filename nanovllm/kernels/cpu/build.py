@@ -83,7 +83,7 @@ def _compiled() -> ctypes.CDLL:
     if (folder / name).exists():
         with suppress(OSError):  # what cannot be loaded is made anew
             return ctypes.CDLL(str(folder / name))
-    logger.info("Compiling the kernels for this CPU, once")
+    logger.info("Compiling the kernels for this CPU, once: it takes some seconds")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         files = {FOLDER / name: f"{scratch}/{name}.o" for name in sources if name.endswith(".c")}
