@@ -221,6 +221,9 @@ def test_sample(vocab_size: int, dtype: torch.dtype, num_threads: int) -> None:
             assert cpu_sample(*greedy, thresholds=kept) == vocab_size - 3
             assert (cpu_sample(*rows) == vocab_size - 3).all()
             assert (sampler.sample(*rows) == vocab_size - 3).all()
+            logits[:, vocab_size - 3] = -NAN  # its sign is no number's either
+            keys, expected = (f(*rows, first_id=7) for f in (cpu_sample, sampler.sample))
+            assert torch.equal(keys, expected)
 
 
 # --- attention
@@ -395,6 +398,36 @@ def test_a_key_that_is_no_number_reaches_the_heads_that_read_it_alone(dtype: tor
         assert close(out[0, :2], exact[0, :2])
         reached = out[0, 2:] if which == 0 else out[0, 2:, 5]
         assert not reached.isfinite().any()
+
+
+@needs_kernels
+@dtypes
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_scores_of_any_magnitude(head_dim: int, dtype: torch.dtype) -> None:
+    """A key alone has all the weight, however large its score, and whatever rounding it had."""
+    for _ in range(30):
+        case = Decode([1], 2, 1, head_dim, dtype)
+        largest = 100.0 if dtype == torch.float16 else 1e6
+        case.query.mul_(largest)
+        case.caches[0].mul_(largest)
+        values = case.rows[0][1][0]
+        assert torch.equal(case.run()[0], values)
+        assert torch.equal(case.prefill(0, case.query)[0], values)
+
+
+@needs_kernels
+@dtypes
+@pytest.mark.parametrize("length", [17, 257])
+def test_keys_that_weigh_nothing_before_one_that_does(length: int, dtype: torch.dtype) -> None:
+    """Of -inf, in tiles of their own: the peak of these is none."""
+    case = Decode([length], 2, 1, 64, dtype)
+    case.query.abs_()
+    positions = torch.arange(length - 1)
+    slots = case.tables[0, positions // 16] * 16 + positions % 16
+    case.caches[0].flatten(0, 1)[slots] = -INF
+    values = case.rows[0][1][-1]
+    assert torch.equal(case.run()[0], values)
+    assert torch.equal(case.prefill(0, case.query)[0], values)
 
 
 @needs_kernels

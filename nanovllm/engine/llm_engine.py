@@ -518,7 +518,10 @@ class LLMEngine:
 
     def _runner(self) -> ModelRunner:
         if self._pid != os.getpid():
-            raise RuntimeError("this engine belongs to the process that forked: make a new one")
+            raise RuntimeError(
+                "this engine belongs to the process that forked: make one in a process that is "
+                "spawned, since PyTorch's threads are not there in one that is forked"
+            )
         if self.model_runner is None:
             raise RuntimeError("this engine was shut down by exit(); make a new one")
         return self.model_runner

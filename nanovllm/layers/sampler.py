@@ -66,7 +66,8 @@ LARGEST_ID = (1 << 31) - 1
 
 
 def _keys_of(scores: Tensor, ids: Tensor) -> Tensor:
-    """float32 and int64 [n] -> int64 [n]."""
+    """float32 and int64 [n] -> int64 [n]. NaN is the largest."""
+    scores = scores.where(scores == scores, math.inf)
     bits = (scores + 0.0).view(torch.int32).long()  # -0 is 0
     return ((bits ^ ((bits >> 63) & 0x7FFFFFFF)) << 32) | (LARGEST_ID - ids)
 

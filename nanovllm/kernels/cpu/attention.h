@@ -27,12 +27,13 @@ INLINE void weigh(
         peaks = where((ints)(some > peaks), some, peaks);
     }
     peak = maximum(peaks);
+    float base = peak == -INFINITY ? 0 : peak; /* what scores are relative to */
     for (int i = 0; i < size; i += LANES) {
-        floats weight = exp_of(load(scores, i, FLOAT32) * scale - peak * scale);
+        floats weight = exp_of((load(scores, i, FLOAT32) - base) * scale);
         store(scores, i, weight, dtype);
         sums += weight;
     }
-    float rescale = exp_of((floats){} + (before - peak) * scale)[0];
+    float rescale = exp_of((floats){} + (before - base) * scale)[0];
     found->peak = peak;
     found->total = found->total * rescale + sum(sums);
     for (int d = 0; d < head_dim && rescale != 1; d += LANES)
