@@ -79,6 +79,7 @@ def in_large_pages(x: Tensor) -> Tensor:
     """
     copy = torch.empty(0, dtype=x.dtype, device="cpu")
     if x.nbytes >= LARGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        return_freed_memory()  # of earlier weights: it is not where this one will be
         with suppress(OSError):  # a kernel without them
             pages = mmap.mmap(-1, x.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             pages.madvise(mmap.MADV_HUGEPAGE)
