@@ -7,7 +7,7 @@ The kernel in C, where it is usable, reads the same, and is faster.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -243,15 +243,17 @@ def packed(weight: Tensor, groups: Groups) -> Int4Weight | Tensor:
         dequantised numbers of the part, as other ranks multiply by theirs.
     """
     if weight.dim() == 2:
-        return _packed(weight, groups)
+        one = _packed(weight, groups)
+        if isinstance(one, Int4Weight):
+            one = replace(one, values=in_large_pages(one.values))
+        return one
     found = [_packed(matrix, groups) for matrix in weight]
     matrices = [matrix for matrix in found if isinstance(matrix, Int4Weight)]
     if not matrices:
         return torch.stack([matrix for matrix in found if isinstance(matrix, Tensor)])
     values, scales = ([getattr(m, name) for m in matrices] for name in ("values", "scales"))
-    return Int4Weight(
-        in_large_pages(torch.stack(values)), torch.stack(scales), matrices[0].num_rows
-    )
+    all_values = in_large_pages(torch.stack(values))
+    return Int4Weight(all_values, torch.stack(scales), matrices[0].num_rows)
 
 
 def _packed(weight: Tensor, groups: Groups) -> Int4Weight | Tensor:
@@ -279,8 +281,7 @@ def _packed(weight: Tensor, groups: Groups) -> Int4Weight | Tensor:
     if step == 1:
         return torch.cat(values)[:num_rows].contiguous()
     dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    once = in_large_pages(torch.cat(values))
-    return Int4Weight(once, torch.cat(all_scales, dim=1).to(dtype), num_rows)
+    return Int4Weight(torch.cat(values), torch.cat(all_scales, dim=1).to(dtype), num_rows)
 
 
 def _scales(grouped: Tensor) -> Tensor:

@@ -19,14 +19,14 @@ the others 0. What was found before becomes relative to the new peak. */
 INLINE void weigh(
     float *scores, int n, int size, float scale, struct found *found, int head_dim,
     enum dtype dtype) {
-    float before = found->peak, peak = before;
+    float before = found->peak;
     for (int i = n; i < size; i++) scores[i] = -INFINITY;
     floats peaks = (floats){} + before, sums = {};
     for (int i = 0; i < size; i += LANES) {
         floats some = load(scores, i, FLOAT32);
         peaks = where((ints)(some > peaks), some, peaks);
     }
-    peak = maximum(peaks);
+    float peak = maximum(peaks);
     float base = peak == -INFINITY ? 0 : peak; /* what scores are relative to */
     for (int i = 0; i < size; i += LANES) {
         floats weight = exp_of((load(scores, i, FLOAT32) - base) * scale);

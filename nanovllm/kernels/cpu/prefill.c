@@ -5,6 +5,8 @@
 
 /* Keys whose scores with ABREAST rows are computed before any of their values is read. */
 #define KEYS 256
+/* Tokens ahead of which keys and values are fetched while panels are made. */
+#define KEYS_AHEAD 4
 /* Rows that a thread takes: panels are read from its cache for all but the first. */
 #define TASK_ROWS (8 * ABREAST)
 
@@ -56,9 +58,11 @@ INLINE void make_panels(
         float value_factor = dtype == E4M3 ? factor_of(step->v_scales[scale]) : 1;
         int64_t from = slot * step->key_stride + (int64_t)head * head_dim;
         const void *key = at(step->keys, from, dtype), *value = at(step->values, from, dtype);
+        /* A later token's, most likely: each lies in a page of its own. */
+        int64_t ahead = KEYS_AHEAD * step->key_stride * size_of(dtype);
         for (int j = 0; j < head_dim * size_of(dtype); j += 64) {
-            __builtin_prefetch((char *)at(key, 4*step->key_stride, dtype) + j);
-            __builtin_prefetch((char *)at(value, 4*step->key_stride, dtype) + j);
+            __builtin_prefetch((const char *)key + ahead + j);
+            __builtin_prefetch((const char *)value + ahead + j);
         }
         store_units(key, key_factor, head_dim, units, dtype, pairs);
         for (int j = 0; j < num_units; j++) panel[j * ROWS + i] = units[j];
